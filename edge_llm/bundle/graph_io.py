@@ -1,0 +1,39 @@
+"""Names of every graph's inputs and outputs, shared by the exporter and the runner.
+
+Inputs (``batch`` and ``seq`` are symbolic, everything else is static):
+
+====================================  ============================================  =======
+``input_ids``                         ``(batch, seq)``                              int64
+``position_ids`` (GPT-2 only)         ``(batch, seq)``                              int64
+``seqlens_k``                         ``(batch,)`` last valid cache index           int32
+``total_sequence_length``             ``()`` longest row, cached and new            int32
+``logit_indices``                     ``(n,)`` which of the ``seq`` rows reach the head  int64
+``past_key.{layer}``                  ``(batch, kv_heads, max_seq_len, head_dim)``  kv dtype
+``past_value.{layer}``                the same                                      kv dtype
+====================================  ============================================  =======
+
+Outputs: ``logits (batch, n, vocab) float32``, ``next_token_ids (batch, n) int64`` (the arg max of ``logits``), and
+``present_key.{layer}`` / ``present_value.{layer}``, which the runner binds to the addresses of the past ones.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+INPUT_IDS: Final = "input_ids"
+POSITION_IDS: Final = "position_ids"
+SEQLENS_K: Final = "seqlens_k"
+TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"
+LOGIT_INDICES: Final = "logit_indices"
+LOGITS: Final = "logits"
+NEXT_TOKEN_IDS: Final = "next_token_ids"
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    """Input names of one layer's key and value cache."""
+    return f"past_key.{layer}", f"past_value.{layer}"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    """Output names of one layer's key and value cache."""
+    return f"present_key.{layer}", f"present_value.{layer}"

@@ -1,0 +1,284 @@
+"""``manifest.json``: the bundle's one schema, written by export/package.py and read by the daemon.
+
+A bundle is a folder::
+
+    BUNDLE/manifest.json
+    BUNDLE/tokenizer.json
+    BUNDLE/quality.json
+    BUNDLE/graphs/<target>/model.onnx  model.onnx.data
+
+Only files that the manifest names are opened, after their size and SHA-256 have been checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edge_llm.errors import BundleIntegrityError, BundleNotFoundError, ManifestError
+
+FORMAT_VERSION: Final = 1
+MANIFEST_FILE: Final = "manifest.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
+QUALITY_FILE: Final = "quality.json"
+# Above any real manifest, and small enough that a hostile one cannot exhaust a board's memory.
+MAX_MANIFEST_BYTES: Final = 4 << 20
+_PATH_PATTERN: Final = re.compile(r"(graphs/[a-z0-9-]{1,64}/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+TokenId = Annotated[int, Meta(ge=0)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Frozen, and a field that the schema does not know is an error."""
+
+
+class FileEntry(_Strict, frozen=True):
+    """One file of the bundle, by its path relative to the bundle folder."""
+
+    path: str
+    size_bytes: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+
+class ModelDims(_Strict, frozen=True):
+    """The model's shape. ``max_seq_len`` is the static length of the KV cache in tokens."""
+
+    architecture: Literal["gpt2", "llama"]
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    hidden_size: PositiveInt
+    vocab_size: PositiveInt
+    max_seq_len: PositiveInt
+
+
+class Graph(_Strict, frozen=True):
+    """One exported form of the model."""
+
+    target: str
+    file: str
+    data_file: str | None
+    bits: Literal[4, 8, 32]
+    block_size: Annotated[int, Meta(ge=0)]
+    kv_dtype: Literal["float32", "float16"]
+    opset: PositiveInt
+    ir_version: PositiveInt
+    min_onnxruntime: str
+
+
+class RolePieces(_Strict, frozen=True):
+    """Fixed text before and after one message of a role."""
+
+    before: str
+    after: str
+
+
+class PromptTemplate(_Strict, frozen=True):
+    """The chat template as fixed pieces, so that the device needs no template engine.
+
+    A prompt is ``prefix``, then each message between its role's pieces, then ``generation_prompt``. A conversation
+    without a system message gets ``default_system``, if there is one. ``special_tokens`` are the strings inside the
+    pieces that are one token each; user text never becomes one of them.
+    """
+
+    prefix: str
+    system: RolePieces | None
+    user: RolePieces
+    assistant: RolePieces
+    generation_prompt: str
+    default_system: str | None
+    strip_content: bool
+    special_tokens: tuple[str, ...]
+    stop_token_ids: tuple[TokenId, ...]
+    stop_strings: tuple[str, ...]
+
+
+class GenerationDefaults(_Strict, frozen=True):
+    """What a query that sets nothing is answered with. ``temperature`` 0 is greedy."""
+
+    max_tokens: PositiveInt = 256
+    temperature: Annotated[float, Meta(ge=0, le=5)] = 0.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+
+
+class GraphQuality(_Strict, frozen=True):
+    """A graph's figures against ``cpu-fp32`` of the same weights (quality.json has them in full).
+
+    ``max_perplexity_ratio`` is the limit that the export was run with.
+    """
+
+    target: str
+    perplexity_ratio: float
+    top1_agreement: float
+    mean_kl: float
+    max_perplexity_ratio: float
+
+
+class Expectation(_Strict, frozen=True):
+    """Greedy tokens that a correct engine generates after ``prompt_token_ids``: the bundle's self-test."""
+
+    prompt_token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1)]
+    token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1)]
+
+
+class Manifest(_Strict, frozen=True):
+    """The whole of ``manifest.json``."""
+
+    format: Literal[1]
+    name: str
+    version: str
+    source: str
+    license: str
+    reference: str
+    created: str
+    exporter: dict[str, str]
+    model: ModelDims
+    graphs: Annotated[tuple[Graph, ...], Meta(min_length=1)]
+    prompt: PromptTemplate
+    generation: GenerationDefaults
+    quality: tuple[GraphQuality, ...]
+    expectation: Expectation
+    files: Annotated[tuple[FileEntry, ...], Meta(min_length=1)]
+
+    def graph(self, target: str) -> Graph:
+        """The graph of one target. Raises ``ManifestError`` naming the targets there are."""
+        for graph in self.graphs:
+            if graph.target == target:
+                return graph
+        there = ", ".join(graph.target for graph in self.graphs)
+        raise ManifestError(f"bundle {self.name!r} has no graph for target {target!r}; it has: {there}")
+
+
+class Bundle:
+    """A bundle folder whose manifest has been read and is valid; its other files are checked by ``verify``.
+
+    Attributes:
+        path: the folder.
+        manifest: its contents.
+        digest: SHA-256 of manifest.json, which names every other file's hash and so the whole bundle.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = digest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read and validate the manifest.
+
+        Raises:
+            BundleNotFoundError: no such folder, or no manifest in it.
+            ManifestError: the manifest is malformed, or of another format version.
+        """
+        folder = Path(path)
+        manifest_path = folder / MANIFEST_FILE
+        if not folder.is_dir():
+            raise BundleNotFoundError(f"no bundle at {folder}: give the folder that `python -m export bundle` wrote")
+        try:
+            with manifest_path.open("rb") as stream:
+                raw = stream.read(MAX_MANIFEST_BYTES + 1)
+        except FileNotFoundError:
+            raise BundleNotFoundError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}") from None
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise ManifestError(f"{manifest_path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        return cls(folder, decode_manifest(raw), hashlib.sha256(raw).hexdigest())
+
+    def entry(self, name: str) -> FileEntry:
+        """The manifest's entry of a file. Raises ``ManifestError`` if the manifest does not name it."""
+        for entry in self.manifest.files:
+            if entry.path == name:
+                return entry
+        raise ManifestError(f"the manifest of {self.path} does not list {name}")
+
+    def verified_path(self, name: str) -> Path:
+        """Path of a file that the manifest names, once its size and hash have been checked.
+
+        Raises:
+            BundleNotFoundError: it is missing.
+            BundleIntegrityError: it is a link, or its size or hash differs.
+        """
+        entry = self.entry(name)
+        path = self.path / entry.path
+        if path.is_symlink() or not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleIntegrityError(f"{path} is a link; a bundle holds plain files only")
+        try:
+            size_bytes = path.stat().st_size
+        except FileNotFoundError:
+            raise BundleNotFoundError(f"{path} is missing: export or copy the bundle again") from None
+        if size_bytes != entry.size_bytes:
+            raise BundleIntegrityError(
+                f"{path} has {size_bytes} bytes, the manifest says {entry.size_bytes}: copy the bundle again"
+            )
+        if sha256_file(path) != entry.sha256:
+            raise BundleIntegrityError(f"{path} does not match its SHA-256 in the manifest: copy the bundle again")
+        return path
+
+    def verify(self) -> None:
+        """Check every file that the manifest names. Raises as ``verified_path`` does."""
+        for entry in self.manifest.files:
+            self.verified_path(entry.path)
+
+
+def decode_manifest(raw: bytes) -> Manifest:
+    """Parse ``manifest.json``. Raises ``ManifestError`` naming the field that is wrong."""
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format")
+        if version is not None and bytes(version) != str(FORMAT_VERSION).encode():
+            raise ManifestError(
+                f"manifest format {bytes(version).decode(errors='replace')} is not supported (this edge_llm reads "
+                f"format {FORMAT_VERSION}): export the bundle again"
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"manifest.json is not valid: {error}") from None
+    _check_consistency(manifest)
+    return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Serialise, readable by people; the inverse of ``decode_manifest``."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    names = [entry.path for entry in manifest.files]
+    for name in names:
+        if not _PATH_PATTERN.fullmatch(name) or ".." in name:
+            raise ManifestError(
+                f"manifest.json names the file {name!r}: only flat names and graphs/<target>/ are allowed"
+            )
+    if len(set(names)) != len(names):
+        raise ManifestError("manifest.json lists a file twice")
+    needed = [TOKENIZER_FILE, QUALITY_FILE]
+    for graph in manifest.graphs:
+        needed += [graph.file] if graph.data_file is None else [graph.file, graph.data_file]
+    for name in needed:
+        if name not in names:
+            raise ManifestError(f"manifest.json uses the file {name!r} but does not list it under `files`")
+    model = manifest.model
+    if model.num_heads % model.num_kv_heads:
+        raise ManifestError(f"num_heads {model.num_heads} is not a multiple of num_kv_heads {model.num_kv_heads}")
+    ids = (*manifest.prompt.stop_token_ids, *manifest.expectation.prompt_token_ids, *manifest.expectation.token_ids)
+    if any(token_id >= model.vocab_size for token_id in ids):
+        raise ManifestError(f"manifest.json holds a token id outside the vocabulary of {model.vocab_size}")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

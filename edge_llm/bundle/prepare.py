@@ -1,0 +1,159 @@
+"""The device-local copy of a graph, with weights already packed for this processor and mapped from the file.
+
+Loading it takes a fraction of the time, and its weights are file-backed memory that the system can drop and read again,
+instead of anonymous memory that it cannot. A copy is keyed by everything that it depends on, and checked by hash at every
+start: a stale or damaged one is built anew, never used.
+
+ONNX Runtime session options used here: ``optimized_model_filepath`` and
+``session.save_external_prepacked_constant_initializers`` (onnxruntime_session_options_config_keys.h).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import onnxruntime as ort
+
+from edge_llm.bundle.manifest import Bundle, sha256_file
+from edge_llm.device.cpu import cpu_features
+from edge_llm.device.session import make_session, session_options
+from edge_llm.errors import BundleError
+
+_log = logging.getLogger(__name__)
+
+MODEL_FILE: Final = "model.onnx"
+DATA_FILE: Final = "model.data"
+SEAL_FILE: Final = "prepared.json"
+# The build holds the weights twice; minutes only on the slowest boards.
+BUILD_TIMEOUT_S: Final = 1800
+
+
+class _Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Written last: what the copy was made from, and the hashes of its files."""
+
+    name: str
+    target: str
+    sha256: dict[str, str]
+
+
+def prepared_graph(bundle: Bundle, target: str, cache_dir: Path) -> Path:
+    """Path of the prepared model of one graph; builds it first if it is missing, stale or damaged.
+
+    Args:
+        bundle: an opened bundle; the graph's own files are verified when a copy has to be built.
+        target: which of its graphs.
+        cache_dir: where copies live; each has a folder of its own.
+
+    Raises:
+        BundleError: the bundle's files are wrong, or the copy cannot be built; the message says why.
+    """
+    folder = cache_dir / "prepared" / _key(bundle, target)
+    if folder.exists():
+        if _intact(folder):
+            return folder / MODEL_FILE
+        _log.warning("the prepared copy is damaged and is built again", extra={"path": str(folder)})
+        shutil.rmtree(folder, ignore_errors=True)
+    _build(bundle, target, folder)
+    _remove_stale(folder, bundle.manifest.name, target)
+    return folder / MODEL_FILE
+
+
+def _key(bundle: Bundle, target: str) -> str:
+    parts = (bundle.digest, target, ort.__version__, cpu_features())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        seal = msgspec.json.decode((folder / SEAL_FILE).read_bytes(), type=_Seal)
+        return all(sha256_file(folder / name) == seal.sha256[name] for name in (MODEL_FILE, DATA_FILE))
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+        return False
+
+
+def _build(bundle: Bundle, target: str, folder: Path) -> None:
+    graph = bundle.manifest.graph(target)
+    source = bundle.verified_path(graph.file)
+    if graph.data_file is not None:
+        bundle.verified_path(graph.data_file)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temporary:
+            built = Path(temporary) / "copy"
+            built.mkdir()
+            # A process of its own: its memory for packing is gone afterwards, and a crash in it is only an error here.
+            command = [sys.executable, "-m", "edge_llm.bundle.prepare", str(source.resolve()), str(built)]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
+            if result.returncode != 0:
+                lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+                raise BundleError(f"the prepared copy of {source} could not be built: {lines[-1]}")
+            hashes = {name: _sync(built / name) for name in (MODEL_FILE, DATA_FILE)}
+            seal = built / SEAL_FILE
+            seal.write_bytes(msgspec.json.encode(_Seal(bundle.manifest.name, target, hashes)))
+            _sync(seal)
+            try:
+                built.rename(folder)
+            except OSError:
+                if not _intact(folder):  # otherwise another process has just built the same
+                    raise
+            _sync_folder(folder.parent)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BundleError(f"the prepared copy cannot be written to {folder.parent}: {error}") from None
+
+
+def _sync(path: Path) -> str:
+    """Flush a file to the disk; returns its SHA-256."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return sha256_file(path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(keep: Path, name: str, target: str) -> None:
+    """Delete earlier copies of the same bundle and target, and what a killed build left behind."""
+    for folder in keep.parent.iterdir():
+        if folder == keep:
+            continue
+        if folder.name.startswith(".building-"):
+            if time.time() - folder.stat().st_mtime > BUILD_TIMEOUT_S:  # no build that old is still running
+                shutil.rmtree(folder, ignore_errors=True)
+            continue
+        try:
+            seal = msgspec.json.decode((folder / SEAL_FILE).read_bytes(), type=_Seal)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            continue
+        if (seal.name, seal.target) == (name, target):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_copy(source: Path, folder: Path) -> None:
+    """Load ``source`` and let ONNX Runtime write its optimised form with packed weights."""
+    options = session_options(threads=0)
+    options.optimized_model_filepath = str(folder / MODEL_FILE)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", DATA_FILE)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    make_session(source, options, ["CPUExecutionProvider"])
+    if not (folder / DATA_FILE).exists():
+        (folder / DATA_FILE).touch()  # a graph whose every initializer is small
+
+
+if __name__ == "__main__":
+    _write_copy(Path(sys.argv[1]), Path(sys.argv[2]))

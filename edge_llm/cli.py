@@ -1,0 +1,193 @@
+"""The ``edge-llm`` command: serve · ask · demo · bench · doctor · prepare.
+
+Exit status: 0 done, 1 a check or an answer failed, 2 bad input or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edge_llm import __version__
+from edge_llm.config import Config, load_config
+from edge_llm.device.profile import device_layer
+from edge_llm.errors import ConfigError, EdgeLlmError
+from edge_llm.logs import configure_logging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Only what a command needs is imported when it runs: `edge-llm ask` on a client needs no onnxruntime.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except EdgeLlmError as error:
+        print(f"edge-llm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone, as after `| head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-llm", description="A language model that answers on the device itself, over MQTT, with no network."
+    )
+    parser.add_argument("--version", action="version", version=f"edge-llm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = _command(commands, "serve", _serve, "answer queries from the broker until stopped")
+    serve.add_argument("--log-format", choices=("json", "text"), help="how log lines on stderr look")
+
+    ask = _command(commands, "ask", _ask, "ask a running daemon over MQTT and stream the answer")
+    ask.add_argument("text", help="the question")
+    ask.add_argument("--user", default="cli", help="the user level of the query topic (default: cli)")
+    ask.add_argument("--session", help="continue this conversation")
+    ask.add_argument("--max-tokens", type=int)
+    ask.add_argument("--temperature", type=float)
+    ask.add_argument("--timeout-s", type=float, default=60.0, help="give up after this long (default: 60)")
+    ask.add_argument("--json", action="store_true", help="print the events as they come, one JSON object a line")
+    ask.add_argument("--mqtt3", action="store_true", help="use MQTT 3.1.1")
+
+    demo = _command(commands, "demo", _demo, "start a broker and a daemon, ask six questions, print the times")
+    demo.add_argument("--interactive", action="store_true", help="keep a prompt open instead of the six questions")
+
+    bench = _command(commands, "bench", _bench, "measure load, memory, prefill and decode of a bundle")
+    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--json", action="store_true")
+
+    doctor = _command(commands, "doctor", _doctor, "check machine, providers, bundle, broker; exit 1 if one fails")
+    doctor.add_argument("--json", action="store_true")
+
+    _command(commands, "prepare", _prepare, "build the device-local copy of a bundle's graph now")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text.capitalize())
+    parser.set_defaults(run=run)
+    settings = parser.add_argument_group("settings", "each overrides the environment, the config and the device file")
+    settings.add_argument("--config", metavar="FILE", help="a TOML config file")
+    settings.add_argument("--device", metavar="NAME", help="a device file by name (default: detect)")
+    settings.add_argument("--bundle", metavar="DIR", help="the bundle folder")
+    settings.add_argument("--host", help="the broker's host (mqtt.host)")
+    settings.add_argument("--port", type=int, help="the broker's port (mqtt.port)")
+    settings.add_argument("--node", help="this device's name in the topics (mqtt.node)")
+    settings.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting, e.g. --set engine.slots=2"
+    )
+    return parser
+
+
+def settings(args: argparse.Namespace) -> Config:
+    """The configuration of a command: every layer from the device file to the flags."""
+    flags: dict[str, Any] = {"mqtt": {}}
+    for table, key in (
+        (flags, "bundle"),
+        (flags, "log_format"),
+        *((flags["mqtt"], key) for key in ("host", "port", "node")),
+    ):
+        if getattr(args, key, None) is not None:
+            table[key] = getattr(args, key)
+    for assignment in args.set:
+        _assign(flags, assignment)
+    # The device's name may itself come from any layer, so it is read first.
+    named = args.device or load_config(config_file=args.config, environ=os.environ, flags=flags).device
+    flags["device"] = named
+    return load_config(device_layer=device_layer(named), config_file=args.config, environ=os.environ, flags=flags)
+
+
+def _assign(flags: dict[str, Any], assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment}: write KEY=VALUE, for example engine.slots=2")
+    *tables, name = key.split(".")
+    table = flags
+    for part in tables:
+        table = table.setdefault(part, {})
+    try:
+        table[name] = msgspec.toml.decode(f"value = {value}")["value"]
+    except msgspec.DecodeError:
+        table[name] = value  # a bare word is a string
+
+
+def _bundle_of(config: Config) -> Any:
+    from edge_llm.bundle.manifest import Bundle
+
+    if config.bundle is None:
+        raise ConfigError("no bundle: give --bundle FOLDER, the folder that `python -m export bundle` wrote")
+    return Bundle.open(config.bundle)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from edge_llm.daemon import serve
+
+    config = settings(args)
+    configure_logging(config.log_level, config.log_format)
+    return serve(config, _bundle_of(config))
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from edge_llm.ask import ask
+
+    return ask(settings(args).mqtt, args)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from edge_llm.demo import demo
+
+    config = settings(args)
+    return demo(config, _bundle_of(config), interactive=args.interactive)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from edge_llm.bench import format_bench, run_bench
+    from edge_llm.engine.loading import load_model
+
+    config = settings(args)
+    configure_logging("warning", "text")
+    result = run_bench(load_model(_bundle_of(config), config), config.engine.threads, args.rounds)
+    print(msgspec.json.encode(result).decode() if args.json else format_bench(result))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from edge_llm.doctor import format_check, run_doctor
+
+    config = settings(args)
+    configure_logging("error", "text")
+    checks = []
+    for check in run_doctor(config):
+        checks.append(check)
+        if not args.json:
+            print(format_check(check), flush=True)
+    failed = any(check.ok is False for check in checks)
+    if args.json:
+        print(msgspec.json.encode({"ok": not failed, "checks": checks}).decode())
+    return 1 if failed else 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from edge_llm.bundle.prepare import prepared_graph
+    from edge_llm.config import cache_dir
+
+    config = settings(args)
+    configure_logging("info", "text")
+    path = prepared_graph(_bundle_of(config), config.engine.target, cache_dir(config))
+    print(f"prepared: {path.parent}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

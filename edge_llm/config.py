@@ -1,0 +1,200 @@
+"""Settings: defaults < device file < config file < ``EDGE_LLM_*`` environment < flags.
+
+Every layer is a nested mapping with the shape of ``Config``; a key that ``Config`` does not have is refused by name.
+``EDGE_LLM_MQTT__HOST=broker`` sets ``mqtt.host``: two underscores stand for the dot.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edge_llm.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENV_PREFIX: Final = "EDGE_LLM_"
+NAME_PATTERN: Final = "^[A-Za-z0-9_-]{1,64}$"
+
+Count = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Seconds = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Frozen, and an unknown key is an error."""
+
+
+class TlsConfig(_Strict, frozen=True):
+    """TLS towards the broker. The host name is always checked."""
+
+    enabled: bool = False
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+
+class MqttConfig(_Strict, frozen=True):
+    """Where the broker is and how to talk to it.
+
+    ``node`` names this device in every topic. ``protocol`` auto tries MQTT 5 and falls back to 3.1.1. A ``pool`` makes
+    the device take queries from a shared subscription too. The broker keeps the session ``session_expiry_s`` seconds
+    after a crash, so that unanswered queries come again.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 1883
+    node: Name = "edge"
+    pool: Name | None = None
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    client_id: str | None = None
+    username: str | None = None
+    password_file: str | None = None
+    tls: TlsConfig = msgspec.field(default_factory=TlsConfig)
+    keepalive_s: Annotated[int, Meta(ge=2, le=65535)] = 15
+    reconnect_min_s: Seconds = 0.25
+    reconnect_max_s: Seconds = 4.0
+    session_expiry_s: Annotated[int, Meta(ge=0)] = 86_400
+    max_outgoing: Count = 1000
+
+
+class EngineConfig(_Strict, frozen=True):
+    """How the model runs. ``threads`` 0 is one per physical core; ``prepare`` False serves the bundle's own graph."""
+
+    providers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("CPUExecutionProvider",)
+    target: str = "cpu-int8"
+    threads: Annotated[int, Meta(ge=0, le=256)] = 0
+    slots: Annotated[int, Meta(ge=1, le=64)] = 4
+    prefill_chunk: Annotated[int, Meta(ge=1, le=4096)] = 64
+    prepare: bool = True
+
+
+class ServingConfig(_Strict, frozen=True):
+    """Bounds on what is accepted and kept."""
+
+    max_queued: Annotated[int, Meta(ge=1, le=65535)] = 64
+    max_queued_per_user: Count = 16
+    max_payload_bytes: Annotated[int, Meta(ge=256)] = 65_536
+    max_tokens: Annotated[int, Meta(ge=1)] = 1024
+    dedupe_window_s: Seconds = 600.0
+    delta_interval_ms: Annotated[float, Meta(ge=0)] = 40.0
+    metrics_interval_s: Seconds = 30.0
+    drain_timeout_s: Seconds = 10.0
+    session_idle_s: Seconds = 900.0
+    max_sessions: Count = 256
+
+
+class Config(_Strict, frozen=True):
+    """Everything that can be set. ``device`` auto detects the board; ``cache_dir`` holds prepared copies."""
+
+    bundle: str | None = None
+    cache_dir: str | None = None
+    device: str = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "text"] = "json"
+    mqtt: MqttConfig = msgspec.field(default_factory=MqttConfig)
+    engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
+    serving: ServingConfig = msgspec.field(default_factory=ServingConfig)
+
+
+def load_config(
+    *,
+    device_layer: Mapping[str, Any] | None = None,
+    config_file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge the layers, lowest first, and check each as it is added so that an error names its source.
+
+    Args:
+        device_layer: a parsed device file (device/profile.py).
+        config_file: a TOML file, if the user named one.
+        environ: the environment; only ``EDGE_LLM_*`` is read.
+        flags: settings from the command line, nested like ``Config``.
+
+    Raises:
+        ConfigError: a key is unknown or a value is wrong; the message names both and the source.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = [("device file", device_layer or {})]
+    if config_file is not None:
+        layers.append((str(config_file), read_toml(Path(config_file))))
+    layers.append(("environment", _environ_layer(environ or {})))
+    layers.append(("command line", flags or {}))
+    merged: dict[str, Any] = {}
+    config = Config()
+    for source, layer in layers:
+        merged = merge(merged, layer)
+        # Only strings come from the environment, so numbers may be spelled out there and nowhere else.
+        config = _convert(merged, source, strict=source != "environment")
+        merged = msgspec.to_builtins(config)
+    return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file. Raises ``ConfigError`` if it is missing or malformed."""
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return table
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def cache_dir(config: Config) -> Path:
+    """Where device-local copies live: the setting, systemd's CacheDirectory, or the user's cache folder."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    if systemd_dir := os.environ.get("CACHE_DIRECTORY"):
+        return Path(systemd_dir.split(":")[0])
+    return user_cache_dir()
+
+
+def user_cache_dir() -> Path:
+    """The user's cache folder for this program (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "edge-llm"
+
+
+def _environ_layer(environ: Mapping[str, str]) -> dict[str, Any]:
+    layer: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        *tables, key = variable[len(ENV_PREFIX) :].lower().split("__")
+        table = layer
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"environment variable {variable}: {name} is a setting, not a table")
+        # A list is written with commas, as in EDGE_LLM_ENGINE__PROVIDERS=A,B.
+        table[key] = value.split(",") if key == "providers" else value
+    return layer
+
+
+def _convert(merged: Mapping[str, Any], source: str, *, strict: bool) -> Config:
+    try:
+        return msgspec.convert(merged, Config, strict=strict)
+    except msgspec.ValidationError as error:
+        message = re.sub(r" - at `\$\.?(.*?)`$", r" (at \1)", str(error)).replace(" (at )", "")
+        raise ConfigError(f"{source}: {message}") from None

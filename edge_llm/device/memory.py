@@ -1,0 +1,11 @@
+"""This process's memory, as Linux accounts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def rss_bytes() -> dict[str, int]:
+    """Resident memory by kind: ``anon`` (the process's own) and ``file`` (mapped files, which can be dropped)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {kind: int(fields[name].split()[0]) * 1024 for kind, name in (("anon", "RssAnon"), ("file", "RssFile"))}

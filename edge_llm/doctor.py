@@ -1,0 +1,115 @@
+"""``edge-llm doctor``: is this machine, this bundle and this broker fit to serve? One line each."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_llm import __version__
+from edge_llm.bundle.manifest import Bundle
+from edge_llm.device.cpu import has_int8_dot_product, physical_cores
+from edge_llm.device.providers import choose_provider
+from edge_llm.engine.loading import load_model, self_test
+from edge_llm.errors import EdgeLlmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from edge_llm.config import Config
+
+BROKER_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. ``ok`` None is a remark that fails nothing."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def run_doctor(config: Config) -> Iterator[Check]:
+    """Yield each check as it is done; the slow ones (hashes, loading) come last."""
+    yield Check("edge-llm", True, f"{__version__}, Python {platform.python_version()}, numpy {np.__version__}")
+    yield Check("machine", True, f"{platform.machine()}, {physical_cores()} physical cores, {_memory()}")
+    yield _guarded("providers", lambda: _providers(config))
+    yield _int8(config)
+    yield _guarded("broker", lambda: _broker(config))
+    if config.bundle is None:
+        yield Check("bundle", False, "none named: give --bundle FOLDER")
+        return
+    bundle_folder = config.bundle
+    yield _guarded("bundle", lambda: _bundle(bundle_folder))
+    yield _guarded("answer", lambda: _answer(bundle_folder, config))
+
+
+def format_check(check: Check) -> str:
+    """One line for people."""
+    mark = {True: "ok  ", False: "FAIL", None: "note"}[check.ok]
+    return f"{mark}  {check.name:<10} {check.detail}"
+
+
+def _guarded(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except (EdgeLlmError, OSError) as error:
+        return Check(name, False, str(error))
+
+
+def _memory() -> str:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            fields = dict(line.split(":", 1) for line in stream)
+        return f"{int(fields['MemAvailable'].split()[0]) / 1e6:.1f} GB of memory available"
+    except (OSError, KeyError, ValueError):
+        return f"memory unknown on {sys.platform}"
+
+
+def _providers(config: Config) -> str:
+    choice = choose_provider(config.engine.providers)
+    refused = "".join(f"; not {name}: {reason}" for name, reason in choice.refused.items())
+    return f"{choice.name} of onnxruntime {ort.__version__}{refused}"
+
+
+def _int8(config: Config) -> Check:
+    dot_product = has_int8_dot_product()
+    if dot_product is None:
+        return Check("int8", None, "the system does not name the processor's features")
+    if dot_product or not config.engine.target.endswith("int8"):
+        return Check("int8", True, "the processor has int8 dot products" if dot_product else "not needed")
+    return Check("int8", None, "no int8 dot products: a cpu-fp32 graph is likely faster here (engine.target)")
+
+
+def _broker(config: Config) -> str:
+    mqtt = config.mqtt
+    try:
+        with socket.create_connection((mqtt.host, mqtt.port), timeout=BROKER_TIMEOUT_S):
+            return f"{mqtt.host}:{mqtt.port} accepts connections"
+    except OSError as error:
+        raise OSError(f"no broker at {mqtt.host}:{mqtt.port} ({error}): start mosquitto or set mqtt.host") from None
+
+
+def _bundle(folder: str) -> str:
+    bundle = Bundle.open(folder)
+    bundle.verify()
+    size_mb = sum(entry.size_bytes for entry in bundle.manifest.files) / 1e6
+    targets = ", ".join(graph.target for graph in bundle.manifest.graphs)
+    return (
+        f"{bundle.manifest.name} {bundle.manifest.version} ({bundle.digest[:12]}), {size_mb:.0f} MB, "
+        f"every hash matches; targets: {targets}"
+    )
+
+
+def _answer(folder: str, config: Config) -> str:
+    model = load_model(Bundle.open(folder), config)
+    if not self_test(model):
+        raise EdgeLlmError("the engine's first token is not the one recorded at export: do not serve with this setup")
+    how = "prepared copy" if model.prepared else "the bundle's own graph"
+    return f"loaded in {model.load_s:.2f} s ({how}), and the first token is the expected one"

@@ -1,0 +1,163 @@
+"""Prefill and decode. Token ids in, token ids out; text is the business of tokenizer.py and text_stream.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edge_llm.engine.kv_cache import SlotPool
+from edge_llm.engine.sampler import Sampler, SamplingParams
+from edge_llm.errors import ContextOverflowError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from edge_llm.engine.runner import Runner
+
+
+@dataclass(eq=False)
+class GenerationState:
+    """One sequence on its way through the engine.
+
+    The cache row ``slot`` holds the first ``cached_len`` of ``prompt_ids + output_ids``. The newest output token is not
+    in the cache yet: the next decode step puts it there.
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int
+    sampler: Sampler
+    slot: int
+    stop_token_ids: frozenset[int]
+    cached_len: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def prefilled(self) -> bool:
+        """The whole prompt is in the cache and the first token has been chosen."""
+        return self.cached_len >= len(self.prompt_ids)
+
+    @property
+    def finished(self) -> bool:
+        """A stop token came (it is not among ``output_ids``) or ``max_tokens`` is reached."""
+        return self.stopped or len(self.output_ids) >= self.max_tokens
+
+    def accept(self, token_id: int) -> None:
+        """Take a chosen token."""
+        if token_id in self.stop_token_ids:
+            self.stopped = True
+        else:
+            self.output_ids.append(token_id)
+
+
+class Engine:
+    """Runs sequences over the slots of one runner. Not thread-safe: one thread owns it.
+
+    Args:
+        runner: the session and its cache.
+        stop_token_ids: tokens that end an answer.
+        prefill_chunk: the most prompt tokens run at once; other sequences decode in between.
+    """
+
+    def __init__(self, runner: Runner, stop_token_ids: Collection[int], prefill_chunk: int = 64) -> None:
+        self.runner = runner
+        self.prefill_chunk = prefill_chunk
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._slots = SlotPool(runner.cache.slots)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Prompt and answer together, in tokens."""
+        return self.runner.max_seq_len
+
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences can start."""
+        return self._slots.free_count
+
+    def start(self, prompt_ids: Sequence[int], sampling: SamplingParams, max_tokens: int) -> GenerationState:
+        """Take a slot for a prompt; ``prefill`` it next.
+
+        Raises:
+            ContextOverflowError: the prompt and ``max_tokens`` do not fit into the context, or the prompt is empty.
+            NoFreeSlotError: every slot is taken.
+        """
+        if not prompt_ids:
+            raise ContextOverflowError("the prompt has no tokens")
+        # The last token generated is never fed back, so it needs no place.
+        if len(prompt_ids) + max_tokens - 1 > self.max_seq_len:
+            raise ContextOverflowError(
+                f"{len(prompt_ids)} prompt tokens and max_tokens {max_tokens} exceed the context of {self.max_seq_len}"
+            )
+        sampler = Sampler(sampling, prompt_ids, self.runner.dims.vocab_size)
+        return GenerationState(list(prompt_ids), max_tokens, sampler, self._slots.acquire(), self._stop_token_ids)
+
+    def prefill(self, state: GenerationState) -> None:
+        """Run the next chunk of the prompt; the last one also chooses the first token."""
+        chunk = state.prompt_ids[state.cached_len : state.cached_len + self.prefill_chunk]
+        token_id = self.runner.prefill(state.slot, chunk, state.cached_len)
+        state.cached_len += len(chunk)
+        if state.prefilled:
+            state.accept(self._choose(state, token_id, row=0))
+
+    def decode(self, states: Sequence[GenerationState]) -> None:
+        """Generate one token for each sequence, all of them in one run when their slots are neighbours."""
+        self._compact(states)
+        for group in _neighbours(states):
+            next_ids = self.runner.decode(
+                group[0].slot, [state.output_ids[-1] for state in group], [state.cached_len for state in group]
+            ).tolist()
+            for row, state in enumerate(group):
+                state.cached_len += 1
+                state.accept(self._choose(state, next_ids[row], row))
+
+    def release(self, state: GenerationState) -> None:
+        """Give the sequence's slot back."""
+        self._slots.release(state.slot)
+
+    def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams | None = None, max_tokens: int = 256
+    ) -> Iterator[int]:
+        """The whole loop for one sequence: prefill, decode, stop. Yields token ids as they are chosen."""
+        state = self.start(prompt_ids, sampling or SamplingParams(), max_tokens)
+        try:
+            # 1. Prefill, chunk by chunk; the last chunk chooses the first token.
+            while not state.prefilled:
+                self.prefill(state)
+            # 2. Decode one token at a time until a stop token or the limit.
+            while not state.finished:
+                yield state.output_ids[-1]
+                self.decode([state])
+            # 3. The token that reached the limit is part of the answer; a stop token is not.
+            if not state.stopped:
+                yield state.output_ids[-1]
+        finally:
+            self.release(state)
+
+    def _choose(self, state: GenerationState, most_likely: int, row: int) -> int:
+        if state.sampler.params.plain_greedy:
+            return most_likely
+        return state.sampler.sample(self.runner.logits(row))
+
+    def _compact(self, states: Sequence[GenerationState]) -> None:
+        """Move sequences into free slots so that one run covers them: a copy of one row, once per join or leave."""
+        if len(states) < 2:
+            return
+        by_slot = {state.slot: state for state in states}
+        for source, target in self._slots.compaction(by_slot.keys()):
+            state = by_slot[source]
+            self.runner.cache.copy_row(source, target, state.cached_len)
+            self._slots.move(source, target)
+            state.slot = target
+
+
+def _neighbours(states: Sequence[GenerationState]) -> Iterator[list[GenerationState]]:
+    """Group sequences whose slots follow one another without a gap."""
+    group: list[GenerationState] = []
+    for state in sorted(states, key=lambda candidate: candidate.slot):
+        if group and state.slot != group[-1].slot + 1:
+            yield group
+            group = []
+        group.append(state)
+    if group:
+        yield group

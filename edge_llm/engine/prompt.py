@@ -1,0 +1,90 @@
+"""Rendering a conversation into token ids, by the manifest's fixed pieces."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from edge_llm.errors import ManifestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from edge_llm.bundle.manifest import PromptTemplate
+    from edge_llm.engine.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+class PromptRenderer:
+    """Renders conversations as the model's own chat template would.
+
+    Args:
+        template: the manifest's pieces.
+        tokenizer: the bundle's tokenizer.
+
+    Raises:
+        ManifestError: a special token of the template is not in the vocabulary.
+    """
+
+    def __init__(self, template: PromptTemplate, tokenizer: Tokenizer) -> None:
+        self.template = template
+        self._tokenizer = tokenizer
+        self._special_ids: dict[str, int] = {}
+        for token in template.special_tokens:
+            token_id = tokenizer.token_id(token)
+            if token_id is None:
+                raise ManifestError(f"the prompt template's special token {token!r} is not in tokenizer.json")
+            self._special_ids[token] = token_id
+        # Longest first, so that a token which begins another does not hide it.
+        alternatives = sorted(map(re.escape, template.special_tokens), key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(alternatives) + ")") if alternatives else None
+
+    @property
+    def supports_system(self) -> bool:
+        """Whether the template has a place for a system message."""
+        return self.template.system is not None
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that ends with a user message, ready for the answer."""
+        token_ids: list[int] = []
+        plain = ""
+        # Text between two special tokens is encoded in one piece, as the tokenizer itself would: token boundaries
+        # must not depend on where a template piece ends and the user's words begin.
+        for text, is_template in self._pieces(messages):
+            parts = self._special_pattern.split(text) if is_template and self._special_pattern else [text]
+            for part in parts:
+                special_id = self._special_ids.get(part) if is_template else None
+                if special_id is None:
+                    plain += part
+                    continue
+                token_ids += self._tokenizer.encode(plain) if plain else []
+                token_ids.append(special_id)
+                plain = ""
+        return token_ids + (self._tokenizer.encode(plain) if plain else [])
+
+    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+        """The prompt as (text, whether it is the template's own) in order."""
+        template = self.template
+        yield template.prefix, True
+        roles = {"system": template.system, "user": template.user, "assistant": template.assistant}
+        if template.default_system is not None and template.system and (not messages or messages[0].role != "system"):
+            yield template.system.before, True
+            yield template.default_system, True
+            yield template.system.after, True
+        for message in messages:
+            pieces = roles[message.role]
+            assert pieces is not None, "admission refuses a system message where the template has none"
+            yield pieces.before, True
+            yield message.content.strip() if template.strip_content else message.content, False
+            yield pieces.after, True
+        yield template.generation_prompt, True

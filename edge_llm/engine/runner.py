@@ -1,0 +1,180 @@
+"""One ONNX Runtime session over the static cache: every buffer is bound once, a step only rewrites their contents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from edge_llm.bundle import graph_io
+from edge_llm.device.session import make_session, session_options
+from edge_llm.engine.kv_cache import KVCache
+from edge_llm.errors import ContextOverflowError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edge_llm.bundle.manifest import ModelDims
+
+
+class Runner:
+    """Runs a graph over rows of its KV cache.
+
+    The past and the present of every layer are bound to the same address, so the graph appends in place
+    (edge_llm/bundle/graph_io.py names the inputs and outputs).
+
+    Args:
+        graph_path: the model, either a bundle's or a prepared copy.
+        dims: the model's shape.
+        slots: rows of the KV cache.
+        threads: threads within an operator; 0 is one per physical core.
+        providers: ONNX Runtime execution providers, in order.
+        kv_dtype: the cache's element type.
+
+    Raises:
+        UnsupportedBundleError: ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(
+        self,
+        graph_path: Path,
+        dims: ModelDims,
+        *,
+        slots: int = 1,
+        threads: int = 0,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        kv_dtype: str = "float32",
+    ) -> None:
+        self.dims = dims
+        self.session = make_session(graph_path, session_options(threads), providers)
+        self.cache = KVCache(dims, slots, kv_dtype)
+        self._takes_positions = graph_io.POSITION_IDS in {node.name for node in self.session.get_inputs()}
+        # One row per slot; a step over fewer rows binds the head of each buffer.
+        self._input_ids = np.zeros((slots, 1), np.int64)  # (batch, seq)
+        self._position_ids = np.zeros((slots, 1), np.int64)  # (batch, seq)
+        self._seqlens_k = np.zeros(slots, np.int32)  # (batch,)
+        self._total_len = np.zeros((), np.int32)
+        self._first_row = np.zeros(1, np.int64)  # logit_indices of a decode step
+        self._logits = np.zeros((slots, 1, dims.vocab_size), np.float32)  # (batch, n, vocab)
+        self._next_ids = np.zeros((slots, 1), np.int64)  # (batch, n)
+        self._decode_bindings: dict[tuple[int, int], Any] = {}
+        self._prefill_bindings: dict[int, Any] = {}
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions in a slot."""
+        return self.dims.max_seq_len
+
+    def decode(self, first_slot: int, token_ids: Sequence[int], past_lens: Sequence[int]) -> NDArray[np.int64]:
+        """Append one token to each of neighbouring slots, in one run.
+
+        Args:
+            first_slot: the lowest row; the batch is rows ``first_slot`` to ``first_slot + len(token_ids) - 1``.
+            token_ids: one token a row.
+            past_lens: how many positions of each row are valid before the step.
+
+        Returns:
+            The most likely next tokens ``(batch,) int64``: a view, valid until the next run, as is ``logits``.
+        """
+        batch = len(token_ids)
+        longest = max(past_lens)
+        if longest >= self.max_seq_len:
+            raise ContextOverflowError(f"slot is full: {longest} of {self.max_seq_len} positions")
+        binding = self._decode_bindings.get((first_slot, batch))
+        if binding is None:
+            binding = self._decode_bindings[first_slot, batch] = self._bind_decode(first_slot, batch)
+        self._input_ids[:batch, 0] = token_ids
+        self._position_ids[:batch, 0] = past_lens
+        self._seqlens_k[:batch] = past_lens
+        self._total_len[()] = longest + 1
+        self.session.run_with_iobinding(binding)
+        return self._next_ids[:batch, 0]
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """Logits ``(vocab,) float32`` of a row of the last ``decode`` or ``prefill``: a view until the next run."""
+        return cast("NDArray[np.float32]", self._logits[row, 0])
+
+    def prefill(self, slot: int, token_ids: Sequence[int], past_len: int) -> int:
+        """Append several tokens to one slot; returns the most likely token after the last one.
+
+        Args:
+            slot: the row.
+            token_ids: one or more tokens.
+            past_len: how many positions of the row are valid before.
+        """
+        binding = self._bind_prefill(slot, token_ids, past_len, [len(token_ids) - 1])
+        _bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:1])
+        _bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:1])
+        self.session.run_with_iobinding(binding)
+        return int(self._next_ids[0, 0])
+
+    def forward(
+        self, slot: int, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Append tokens to one slot and return the logits after chosen ones of them.
+
+        Args:
+            slot: the row.
+            token_ids: one or more tokens.
+            past_len: how many positions of the row are valid before.
+            logit_indices: which of the new tokens' logits to compute.
+
+        Returns:
+            ``(len(logit_indices), vocab) float32``, the caller's own.
+        """
+        binding = self._bind_prefill(slot, token_ids, past_len, logit_indices)
+        count = len(logit_indices)
+        logits = np.empty((1, count, self.dims.vocab_size), np.float32)
+        next_ids = np.empty((1, count), np.int64)
+        _bind_array(binding.bind_output, graph_io.LOGITS, logits)
+        _bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, next_ids)
+        self.session.run_with_iobinding(binding)
+        return cast("NDArray[np.float32]", logits[0])
+
+    def _bind_decode(self, first_slot: int, batch: int) -> Any:
+        binding = self.session.io_binding()
+        self._bind_cache(binding, first_slot, batch)
+        _bind_array(binding.bind_input, graph_io.INPUT_IDS, self._input_ids[:batch])
+        if self._takes_positions:
+            _bind_array(binding.bind_input, graph_io.POSITION_IDS, self._position_ids[:batch])
+        _bind_array(binding.bind_input, graph_io.SEQLENS_K, self._seqlens_k[:batch])
+        _bind_array(binding.bind_input, graph_io.TOTAL_SEQUENCE_LENGTH, self._total_len)
+        _bind_array(binding.bind_input, graph_io.LOGIT_INDICES, self._first_row)
+        _bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:batch])
+        _bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:batch])
+        return binding
+
+    def _bind_prefill(self, slot: int, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]) -> Any:
+        count = len(token_ids)
+        if past_len + count > self.max_seq_len:
+            raise ContextOverflowError(f"{past_len} + {count} tokens do not fit into {self.max_seq_len} positions")
+        binding = self._prefill_bindings.get(slot)
+        if binding is None:
+            binding = self._prefill_bindings[slot] = self.session.io_binding()
+            self._bind_cache(binding, slot, 1)
+        # These are copied by the binding: their shape changes with the chunk.
+        binding.bind_cpu_input(graph_io.INPUT_IDS, np.asarray([token_ids], np.int64))
+        if self._takes_positions:
+            positions = np.arange(past_len, past_len + count, dtype=np.int64)
+            binding.bind_cpu_input(graph_io.POSITION_IDS, positions[None])
+        binding.bind_cpu_input(graph_io.SEQLENS_K, np.asarray([past_len + count - 1], np.int32))
+        binding.bind_cpu_input(graph_io.TOTAL_SEQUENCE_LENGTH, np.asarray(past_len + count, np.int32))
+        binding.bind_cpu_input(graph_io.LOGIT_INDICES, np.asarray(logit_indices, np.int64))
+        return binding
+
+    def _bind_cache(self, binding: Any, first_slot: int, batch: int) -> None:
+        for layer, pair in enumerate(self.cache.layers):
+            names = zip(graph_io.past_names(layer), graph_io.present_names(layer), pair, strict=True)
+            for past_name, present_name, buffer in names:
+                rows = buffer[first_slot : first_slot + batch]
+                _bind_array(binding.bind_input, past_name, rows)
+                _bind_array(binding.bind_output, present_name, rows)
+
+
+def _bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:
+    """Bind a CPU array by address; it must stay alive and contiguous as long as the binding."""
+    assert array.flags.c_contiguous
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

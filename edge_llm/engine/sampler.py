@@ -1,0 +1,97 @@
+"""Choosing the next token from a row of logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen. ``temperature`` 0 is greedy; 0 for ``top_k`` and 1 for ``top_p`` switch them off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @property
+    def deterministic(self) -> bool:
+        """The same prompt always gives the same tokens."""
+        return self.temperature == 0.0 or self.top_k == 1 or self.seed is not None
+
+    @property
+    def plain_greedy(self) -> bool:
+        """The graph's own arg max is the answer, so logits need not be looked at."""
+        return self.temperature == 0.0 and self.repetition_penalty == 1.0
+
+
+class Sampler:
+    """The state of one sequence's sampling: its random stream and the tokens it has seen.
+
+    Args:
+        params: how to choose.
+        prompt_ids: the prompt, which the repetition penalty covers too.
+        vocab_size: length of a row of logits.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+        self.params = params
+        self._rng = np.random.default_rng(params.seed)
+        # A mask costs one byte a vocabulary entry and makes the penalty one vector operation.
+        self._seen: NDArray[np.bool_] | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen = np.zeros(vocab_size, dtype=np.bool_)
+            self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """Choose a token from ``logits (vocab,) float32``, which is left unchanged."""
+        token_id = self._choose(logits)
+        if self._seen is not None:
+            self._seen[token_id] = True
+        return token_id
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        params = self.params
+        if self._seen is not None:
+            logits = _penalize(logits, self._seen, params.repetition_penalty)
+        if params.temperature == 0.0 or params.top_k == 1:
+            return int(logits.argmax())
+        token_ids = np.arange(logits.size)
+        if 0 < params.top_k < logits.size:
+            token_ids = np.argpartition(logits, -params.top_k)[-params.top_k :]
+            logits = logits[token_ids]
+        probabilities = _softmax(logits / params.temperature)
+        if params.min_p > 0.0:
+            # Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling": keep p >= min_p * p_max.
+            kept = probabilities >= params.min_p * probabilities.max()
+            token_ids, probabilities = token_ids[kept], probabilities[kept]
+        if params.top_p < 1.0:
+            # Holtzman et al. 2020, nucleus sampling: the smallest set of most likely tokens whose mass reaches top_p.
+            order = np.argsort(-probabilities, kind="stable")
+            mass = np.cumsum(probabilities[order]) / probabilities.sum()
+            kept_count = int(np.searchsorted(mass, params.top_p)) + 1
+            token_ids, probabilities = token_ids[order[:kept_count]], probabilities[order[:kept_count]]
+        mass = np.cumsum(probabilities)
+        drawn = int(np.searchsorted(mass, self._rng.random() * mass[-1], side="right"))
+        return int(token_ids[min(drawn, token_ids.size - 1)])
+
+
+def _penalize(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:
+    """Keskar et al. 2019 (CTRL): seen tokens' positive logits are divided by the penalty, negative ones multiplied."""
+    penalized = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
+    return np.where(seen, penalized, logits)
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted: NDArray[np.float64] = np.exp(logits.astype(np.float64) - float(logits.max()))
+    shifted /= shifted.sum()
+    return shifted

@@ -1,0 +1,93 @@
+"""Every error that edge_llm raises on purpose.
+
+    EdgeLlmError
+    ├── ConfigError               a setting is unknown, of the wrong type or out of range
+    ├── BundleError               a bundle cannot be used
+    │   ├── BundleNotFoundError
+    │   ├── ManifestError         manifest.json is missing, malformed or of another format version
+    │   ├── BundleIntegrityError  a file's size or hash is not the manifest's
+    │   └── UnsupportedBundleError  this runtime or machine lacks what the bundle needs
+    ├── EngineError
+    │   ├── ContextOverflowError  more tokens than the context holds
+    │   └── NoFreeSlotError       every KV-cache slot is taken
+    └── RequestError              one client's request is answered with a wire error (docs/contract.md)
+
+Outside input never raises anything else; ``assert`` states only what the code itself guarantees.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+
+class EdgeLlmError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigError(EdgeLlmError, ValueError):
+    """A setting is unknown, of the wrong type or out of range. The message names the setting and its source."""
+
+
+class BundleError(EdgeLlmError):
+    """A bundle cannot be used."""
+
+
+class BundleNotFoundError(BundleError, FileNotFoundError):
+    """The bundle folder, or a file that its manifest names, is not there."""
+
+
+class ManifestError(BundleError, ValueError):
+    """manifest.json is missing, malformed or of another format version."""
+
+
+class BundleIntegrityError(BundleError):
+    """A file's size or SHA-256 is not the one in the manifest."""
+
+
+class UnsupportedBundleError(BundleError):
+    """This runtime or this machine lacks something that the bundle needs."""
+
+
+class EngineError(EdgeLlmError):
+    """The engine cannot do what was asked."""
+
+
+class ContextOverflowError(EngineError, ValueError):
+    """More tokens than the context holds."""
+
+
+class NoFreeSlotError(EngineError):
+    """Every KV-cache slot is taken."""
+
+
+WIRE_ERROR_NAMES: Final[dict[int, str]] = {
+    400: "bad_request",
+    403: "forbidden_reply_topic",
+    404: "unknown_query",
+    408: "deadline_exceeded",
+    409: "duplicate_id",
+    413: "too_long",
+    415: "unsupported_content_type",
+    429: "busy",
+    500: "internal",
+    503: "not_ready",
+}
+_RETRIABLE_CODES: Final = frozenset({429, 500, 503})
+
+
+class RequestError(EdgeLlmError):
+    """One request is refused or failed; it becomes an ``error`` event on the wire.
+
+    Args:
+        code: one of ``WIRE_ERROR_NAMES``.
+        message: what is wrong and what to change.
+        retry_after_ms: when a retry is likely to succeed, if that is known.
+    """
+
+    def __init__(self, code: int, message: str, *, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.name = WIRE_ERROR_NAMES[code]
+        self.message = message
+        self.retriable = code in _RETRIABLE_CODES
+        self.retry_after_ms = retry_after_ms

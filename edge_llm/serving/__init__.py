@@ -1,0 +1,1 @@
+"""From an accepted request to its events: admission, sessions, scheduling."""

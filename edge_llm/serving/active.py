@@ -1,0 +1,92 @@
+"""A request that has a slot: its engine state, its text, its clock."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from edge_llm.engine.text_stream import TextStream
+from edge_llm.serving.request import Delta, Event, Failed, Final, Timing, Usage
+
+if TYPE_CHECKING:
+    from edge_llm.engine.engine import GenerationState
+    from edge_llm.engine.tokenizer import Tokenizer
+    from edge_llm.errors import RequestError
+    from edge_llm.serving.request import FinishReason, Request
+
+_log = logging.getLogger(__name__)
+
+
+class ActiveRequest:
+    """Joins a request with its ``GenerationState``. Times are ``time.monotonic()`` seconds.
+
+    Args:
+        request: what was asked.
+        started_at: when it left the queue.
+        tokenizer: decodes the answer.
+    """
+
+    def __init__(self, request: Request, started_at: float, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.started_at = started_at
+        self.state: GenerationState | None = None
+        self.text = TextStream(tokenizer, request.stop)
+        self.first_token_at: float | None = None
+        self._first_text_at: float | None = None
+        self._taken = 0
+
+    @property
+    def prefilled(self) -> bool:
+        """It is ready to decode."""
+        return self.state is not None and self.state.prefilled
+
+    def take_new_tokens(self) -> None:
+        """Turn the state's new tokens into text and deliver what is certain."""
+        assert self.state is not None
+        new_ids = self.state.output_ids[self._taken :]
+        self._taken += len(new_ids)
+        if new_ids:
+            self._emit(self.text.push(new_ids))
+
+    def finish(self, reason: FinishReason) -> Final:
+        """The terminal event, after the text that was held back."""
+        self._emit(self.text.finish())
+        now = time.monotonic()
+        state = self.state
+        received_at = self.request.received_at
+        prefill_end = self.first_token_at or now
+        return Final(
+            text=self.text.text,
+            finish_reason=reason,
+            usage=Usage(
+                prompt_tokens=len(state.prompt_ids) if state else 0,
+                completion_tokens=len(state.output_ids) if state else 0,
+            ),
+            timing=Timing(
+                queue_ms=(self.started_at - received_at) * 1e3,
+                prefill_ms=(prefill_end - self.started_at) * 1e3,
+                ttft_ms=None if self._first_text_at is None else (self._first_text_at - received_at) * 1e3,
+                total_ms=(now - received_at) * 1e3,
+            ),
+        )
+
+    def _emit(self, text: str) -> None:
+        if not text:
+            return
+        if self._first_text_at is None:
+            self._first_text_at = time.monotonic()
+        deliver(self.request, Delta(text))
+
+
+def deliver(request: Request, event: Event) -> None:
+    """Hand an event to the request's owner, whose trouble must not end the engine thread."""
+    try:
+        request.on_event(event)
+    except Exception:
+        _log.exception("an event could not be delivered", extra={"user": request.user, "id": request.id})
+
+
+def refuse(request: Request, error: RequestError) -> None:
+    """End a request with an error."""
+    deliver(request, Failed(error))
