@@ -1,1 +1,176 @@
-"""``edge-llm serve``: wiring only. Build the parts, start them, wait for a signal, drain, stop."""
+"""``edge-llm serve``: wiring only. Build the parts, start them, wait for a signal, drain, stop.
+
+The link comes first, so that clients see ``preparing`` and ``loading`` and a redelivered query can wait; queries are let
+through once the model has generated its first token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import platform
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+
+from edge_llm import __version__
+from edge_llm.engine.loading import LoadedModel, load_model, self_test
+from edge_llm.errors import BundleIntegrityError
+from edge_llm.metrics import Metrics
+from edge_llm.mqtt.gateway import Gateway
+from edge_llm.serving.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edge_llm.bundle.manifest import Bundle
+    from edge_llm.config import Config
+
+_log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+class _StopRequested(BaseException):
+    """A signal came while the model was being prepared or loaded; not an ``Exception``, so that nothing swallows it."""
+
+
+def serve(config: Config, bundle: Bundle) -> int:
+    """Answer queries until SIGTERM or SIGINT; returns the exit status.
+
+    Raises:
+        BundleError: the bundle cannot be served here.
+        ConfigError: the settings for the broker cannot be used.
+    """
+    metrics = Metrics()
+    gateway = Gateway(config, metrics)
+    with _stop_signals() as stop:
+        gateway.set_state("loading", bundle=bundle.manifest.name)
+        gateway.start()
+        try:
+            scheduler = _start_scheduler(config, bundle, gateway, metrics)
+        except _StopRequested:
+            gateway.close(CLOSE_TIMEOUT_S)
+            return 0
+        except BaseException:
+            gateway.close(CLOSE_TIMEOUT_S)
+            raise
+        stop.arm()
+        stop.wait()
+    _log.info("stopping: finishing what was accepted")
+    gateway.set_state("draining")
+    if not scheduler.drain(config.serving.drain_timeout_s):
+        _log.warning("some queries did not finish in %.0f s and were cancelled", config.serving.drain_timeout_s)
+    gateway.close(CLOSE_TIMEOUT_S)
+    return 0
+
+
+def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: Metrics) -> Scheduler:
+    def report(state: Any) -> None:
+        gateway.set_state(state, bundle=bundle.manifest.name)
+
+    model = load_model(bundle, config, on_state=report)
+    if not self_test(model):
+        raise BundleIntegrityError(
+            "the engine's first token is not the one recorded at export: run `edge-llm doctor` and export again"
+        )
+    generation = bundle.manifest.generation
+    scheduler = Scheduler(model.engine, model.tokenizer, model.renderer, generation, config.serving)
+    for name in ("queued", "active", "sessions"):
+        metrics.gauge(name, lambda name=name: scheduler.load[name])  # type: ignore[misc]
+    # What has been loaded stays: the collector need not look at it again, which would cost milliseconds each time.
+    gc.collect()
+    gc.freeze()
+    scheduler.start()
+    gateway.bind(scheduler, generation)
+    gateway.publish_info(_info(model, config))
+    gateway.set_state("online", bundle=bundle.manifest.name)
+    _log.info(
+        "online",
+        extra={
+            "bundle": f"{bundle.manifest.name} {bundle.manifest.version}",
+            "provider": model.provider.name,
+            "prepared": model.prepared,
+            "load_s": round(model.load_s, 3),
+            "broker": f"{config.mqtt.host}:{config.mqtt.port}",
+        },
+    )
+    return scheduler
+
+
+def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
+    """The retained info document."""
+    manifest = model.bundle.manifest
+    quality = next((entry for entry in manifest.quality if entry.target == config.engine.target), None)
+    return {
+        "bundle": {
+            "name": manifest.name,
+            "version": manifest.version,
+            "digest": model.bundle.digest,
+            "source": manifest.source,
+            "license": manifest.license,
+            "architecture": manifest.model.architecture,
+            "target": config.engine.target,
+            "quality": None
+            if quality is None
+            else {
+                "reference": manifest.reference,
+                "perplexity_ratio": quality.perplexity_ratio,
+                "max_perplexity_ratio": quality.max_perplexity_ratio,
+            },
+        },
+        "provider": {"used": model.provider.name, "refused": model.provider.refused, "prepared": model.prepared},
+        "limits": {
+            "context": manifest.model.max_seq_len,
+            "slots": config.engine.slots,
+            "max_queued": config.serving.max_queued,
+            "max_queued_per_user": config.serving.max_queued_per_user,
+            "max_payload_bytes": config.serving.max_payload_bytes,
+            "max_tokens": config.serving.max_tokens,
+        },
+        "features": ["stream", "cancel", "supersedes", "session", "priority", "deadline", "pool"],
+        "versions": {
+            "edge_llm": __version__,
+            "contract": 1,
+            "onnxruntime": ort.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+class _StopFlag:
+    """Set by a signal. Until it is armed, a signal interrupts whatever the main thread is doing."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._armed = False
+
+    def arm(self) -> None:
+        """From now on a signal only sets the flag."""
+        self._armed = True
+
+    def wait(self) -> None:
+        """Wait for a signal."""
+        self._event.wait()
+
+    def handle(self, signal_number: int, _frame: Any) -> None:
+        """The signal handler."""
+        _log.info("received %s", signal.Signals(signal_number).name)
+        self._event.set()
+        if not self._armed:
+            self._armed = True
+            raise _StopRequested
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_StopFlag]:
+    flag = _StopFlag()
+    before = {number: signal.signal(number, flag.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

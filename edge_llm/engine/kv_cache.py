@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import mmap
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +36,7 @@ class KVCache:
         self.dtype = np.dtype(dtype)
         self.max_seq_len = dims.max_seq_len
         self.layers: list[tuple[NDArray[np.floating], NDArray[np.floating]]] = [
-            (np.zeros(self.shape, self.dtype), np.zeros(self.shape, self.dtype)) for _ in range(dims.num_layers)
+            (_lazy_zeros(self.shape, self.dtype), _lazy_zeros(self.shape, self.dtype)) for _ in range(dims.num_layers)
         ]
 
     @property
@@ -52,6 +54,18 @@ class KVCache:
         for pair in self.layers:
             for buffer in pair:
                 buffer[target, :, :length] = buffer[source, :, :length]
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros whose pages become resident one by one, as they are written.
+
+    ``np.zeros`` would ask the kernel for huge pages: a slot's heads lie ``max_seq_len * head_dim`` elements apart, so
+    the first tokens of one sequence would make the whole slot resident.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class SlotPool:

@@ -6,12 +6,11 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from edge_llm.engine.text_stream import TextStream
 from edge_llm.serving.request import Delta, Event, Failed, Final, Timing, Usage
 
 if TYPE_CHECKING:
     from edge_llm.engine.engine import GenerationState
-    from edge_llm.engine.tokenizer import Tokenizer
+    from edge_llm.engine.text_stream import TextStream
     from edge_llm.errors import RequestError
     from edge_llm.serving.request import FinishReason, Request
 
@@ -24,14 +23,14 @@ class ActiveRequest:
     Args:
         request: what was asked.
         started_at: when it left the queue.
-        tokenizer: decodes the answer.
+        text: decodes the answer and looks for its stop strings.
     """
 
-    def __init__(self, request: Request, started_at: float, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, started_at: float, text: TextStream) -> None:
         self.request = request
         self.started_at = started_at
         self.state: GenerationState | None = None
-        self.text = TextStream(tokenizer, request.stop)
+        self.text = text
         self.first_token_at: float | None = None
         self._first_text_at: float | None = None
         self._taken = 0

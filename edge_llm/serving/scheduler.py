@@ -13,6 +13,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from edge_llm.engine.prompt import Message
+from edge_llm.engine.text_stream import TextStream
 from edge_llm.errors import RequestError
 from edge_llm.serving.active import ActiveRequest, deliver, refuse
 from edge_llm.serving.queue import FairQueue
@@ -174,7 +175,8 @@ class Scheduler:
                 if request is None:
                     return
                 # Booked at once, so that a cancel which comes now finds it.
-                active = ActiveRequest(request, time.monotonic(), self._tokenizer)
+                stop = (*self._renderer.template.stop_strings, *request.stop)
+                active = ActiveRequest(request, time.monotonic(), TextStream(self._tokenizer, stop))
                 self._active.append(active)
             try:
                 self._begin(active)
@@ -195,6 +197,8 @@ class Scheduler:
 
     def _begin(self, active: ActiveRequest) -> None:
         request = active.request
+        if any(message.role == "system" for message in request.messages) and not self._renderer.supports_system:
+            raise RequestError(400, "this model's template has no system message: put its text into the user message")
         context = self._engine.max_seq_len
         # An explicit max_tokens is kept or refused; the default gives way to a long prompt.
         room = context - (request.max_tokens or 1)
