@@ -139,9 +139,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _ask(args: argparse.Namespace) -> int:
-    from edge_llm.ask import ask
+    from edge_llm.ask import Question, ask
 
-    return ask(settings(args).mqtt, args)
+    config = settings(args)
+    mqtt = msgspec.structs.replace(config.mqtt, protocol="3.1.1") if args.mqtt3 else config.mqtt
+    configure_logging("error", "text")
+    question = Question(args.text, args.user, args.session, args.max_tokens, args.temperature, args.timeout_s)
+    return ask(mqtt, question, as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:

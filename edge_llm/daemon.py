@@ -1,7 +1,7 @@
 """``edge-llm serve``: wiring only. Build the parts, start them, wait for a signal, drain, stop.
 
-The link comes first, so that clients see ``preparing`` and ``loading`` and a redelivered query can wait; queries are let
-through once the model has generated its first token.
+The link comes first, so that clients see ``preparing`` and ``loading`` and a redelivered query can wait; queries are
+let through once the model has generated its first token.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"cli", "__main__"},
     {"daemon", "demo", "ask", "doctor", "bench"},
+    {"local_broker"},
     {"mqtt", "serving"},
     {"cache", "engine"},
     {"bundle", "device"},

@@ -1,8 +1,8 @@
 """The device-local copy of a graph, with weights already packed for this processor and mapped from the file.
 
-Loading it takes a fraction of the time, and its weights are file-backed memory that the system can drop and read again,
-instead of anonymous memory that it cannot. A copy is keyed by everything that it depends on, and checked by hash at every
-start: a stale or damaged one is built anew, never used.
+Loading it takes a fraction of the time, and its weights are file-backed memory that the system can drop and read
+again, instead of anonymous memory that it cannot. A copy is keyed by everything that it depends on, and checked by hash
+at every start: a stale or damaged one is built anew, never used.
 
 ONNX Runtime session options used here: ``optimized_model_filepath`` and
 ``session.save_external_prepacked_constant_initializers`` (onnxruntime_session_options_config_keys.h).

@@ -89,7 +89,7 @@ class Engine:
             raise ContextOverflowError(
                 f"{len(prompt_ids)} prompt tokens and max_tokens {max_tokens} exceed the context of {self.max_seq_len}"
             )
-        sampler = Sampler(sampling, prompt_ids, self.runner.dims.vocab_size)
+        sampler = Sampler(sampling, prompt_ids)
         return GenerationState(list(prompt_ids), max_tokens, sampler, self._slots.acquire(), self._stop_token_ids)
 
     def prefill(self, state: GenerationState) -> None:

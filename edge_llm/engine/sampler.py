@@ -40,29 +40,26 @@ class Sampler:
     Args:
         params: how to choose.
         prompt_ids: the prompt, which the repetition penalty covers too.
-        vocab_size: length of a row of logits.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         self.params = params
         self._rng = np.random.default_rng(params.seed)
-        # A mask costs one byte a vocabulary entry and makes the penalty one vector operation.
-        self._seen: NDArray[np.bool_] | None = None
+        self._seen: dict[int, None] = {}
         if params.repetition_penalty != 1.0:
-            self._seen = np.zeros(vocab_size, dtype=np.bool_)
-            self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
+            self._seen = dict.fromkeys(prompt_ids)
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token from ``logits (vocab,) float32``, which is left unchanged."""
         token_id = self._choose(logits)
-        if self._seen is not None:
-            self._seen[token_id] = True
+        if self.params.repetition_penalty != 1.0:
+            self._seen[token_id] = None
         return token_id
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         params = self.params
-        if self._seen is not None:
-            logits = _penalize(logits, self._seen, params.repetition_penalty)
+        if self._seen:
+            logits = _penalize(logits, list(self._seen), params.repetition_penalty)
         if params.temperature == 0.0 or params.top_k == 1:
             return int(logits.argmax())
         token_ids = np.arange(logits.size)
@@ -85,10 +82,12 @@ class Sampler:
         return int(token_ids[min(drawn, token_ids.size - 1)])
 
 
-def _penalize(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:
+def _penalize(logits: NDArray[np.float32], seen: list[int], penalty: float) -> NDArray[np.float32]:
     """Keskar et al. 2019 (CTRL): seen tokens' positive logits are divided by the penalty, negative ones multiplied."""
-    penalized = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
-    return np.where(seen, penalized, logits)
+    penalized: NDArray[np.float32] = logits.copy()
+    values: NDArray[np.float32] = logits[seen]
+    penalized[seen] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
+    return penalized
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

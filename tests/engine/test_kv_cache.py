@@ -36,7 +36,9 @@ def test_slots_are_handed_out_lowest_first():
     assert pool.acquire() == 1
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.sampled_from("fdp"), min_size=n, max_size=n))))
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.sampled_from("fdp"), min_size=n, max_size=n)))
+)
 def test_compaction_never_touches_a_row_that_is_held(case):
     slots, kinds = case
     pool = SlotPool(slots)

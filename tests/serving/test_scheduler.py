@@ -230,14 +230,28 @@ def test_background_leaves_a_slot_to_whoever_speaks(make_scheduler):
     runner = FakeRunner(slots=2)
     runner.gate.clear()
     scheduler = make_scheduler(runner)
-    slow = [ask(scheduler, name=f"b{n}", priority="background", max_tokens=150) for n in range(3)]
+    ended: list[str] = []
+
+    def ask_noting(name: str, **fields) -> Inbox:
+        inbox = Inbox()
+
+        def note(event) -> None:
+            if isinstance(event, Final):
+                ended.append(name)
+            inbox(event)
+
+        messages = (Message("user", "hello"),)
+        scheduler.submit(Request("u", name, messages, note, time.monotonic(), **fields))
+        return inbox
+
+    inboxes = [ask_noting(f"b{n}", priority="background", max_tokens=100) for n in range(3)]
     assert runner.entered.wait(TIMEOUT_S)
-    quick = ask(scheduler, name="now", max_tokens=2)
+    inboxes.append(ask_noting("now", max_tokens=2))
     runner.gate.set()
-    assert quick.wait().finish_reason == "length"
-    assert not any(inbox.done.is_set() for inbox in slow[1:])
-    for inbox in slow:
+    for inbox in inboxes:
         assert inbox.wait().finish_reason == "length"
+    # Without the reserved slot b1 would have taken it, and "now" would come after one of them.
+    assert ended == ["now", "b0", "b1", "b2"]
 
 
 @pytest.mark.parametrize(("text_len", "max_tokens"), [(300, None), (200, 60)])

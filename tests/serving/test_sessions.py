@@ -40,7 +40,9 @@ def test_a_prompt_fits_and_is_one_the_template_would_render(room, texts):
     for question, answer in turns:
         sessions.add_turn("u", "s", question, answer, now=0)
     new = [USER("new")]
-    possible = [RENDERER.encode([*(m for turn in turns[start:] for m in turn), *new]) for start in range(len(turns) + 1)]
+    possible = [
+        RENDERER.encode([*(m for turn in turns[start:] for m in turn), *new]) for start in range(len(turns) + 1)
+    ]
     fitting = [token_ids for token_ids in possible if len(token_ids) <= room]
     if not fitting:
         with pytest.raises(RequestError) as caught:
