@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from edge_llm import __version__
-from edge_llm.engine.loading import LoadedModel, load_model, self_test
-from edge_llm.errors import BundleIntegrityError
+from edge_llm.engine.loading import LoadedModel, load_model
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.gateway import Gateway
 from edge_llm.serving.scheduler import Scheduler
@@ -73,10 +72,6 @@ def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: 
         gateway.set_state(state, bundle=bundle.manifest.name)
 
     model = load_model(bundle, config, on_state=report)
-    if not self_test(model):
-        raise BundleIntegrityError(
-            "the engine's first token is not the one recorded at export: run `edge-llm doctor` and export again"
-        )
     generation = bundle.manifest.generation
     scheduler = Scheduler(model.engine, model.tokenizer, model.renderer, generation, config.serving)
     for name in ("queued", "active", "sessions"):

@@ -36,6 +36,9 @@ DATA_FILE: Final = "model.data"
 SEAL_FILE: Final = "prepared.json"
 # The build holds the weights twice; minutes only on the slowest boards.
 BUILD_TIMEOUT_S: Final = 1800
+# A matrix and its scales must both lie in the data file: onnxruntime 1.31 packs them together, and reads garbage when
+# the scales stayed in the model. The smallest scales that occur are 32 floats; what is smaller are axes and shapes.
+_MIN_EXTERNAL_BYTES: Final = 100
 
 
 class _Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -148,7 +151,9 @@ def _write_copy(source: Path, folder: Path) -> None:
     options = session_options(threads=0)
     options.optimized_model_filepath = str(folder / MODEL_FILE)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", DATA_FILE)
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES)
+    )
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     make_session(source, options, ["CPUExecutionProvider"])
     if not (folder / DATA_FILE).exists():

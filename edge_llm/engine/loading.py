@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import onnxruntime as ort
 
@@ -19,15 +19,19 @@ from edge_llm.engine.prompt import PromptRenderer
 from edge_llm.engine.runner import Runner
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.engine.tokenizer import Tokenizer
-from edge_llm.errors import BundleError, UnsupportedBundleError
+from edge_llm.errors import BundleError, BundleIntegrityError, UnsupportedBundleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from edge_llm.bundle.manifest import Bundle, Graph
     from edge_llm.config import Config
 
 _log = logging.getLogger(__name__)
+
+# Logits of one bundle differ by a few hundredths between processors; garbage differs by whole units.
+_NEAR_TIE: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class LoadedModel:
 
     Attributes:
         prepared: whether the graph is the device-local prepared copy.
-        load_s: seconds from the opened bundle to here, without preparing.
+        load_s: seconds to load the tokenizer and the graph, without preparing.
     """
 
     bundle: Bundle
@@ -49,7 +53,7 @@ class LoadedModel:
 
 
 def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] | None = None) -> LoadedModel:
-    """Verify a bundle's files, prepare its graph, and load it.
+    """Verify a bundle's files, prepare its graph, load it, and see that it answers as it did at export.
 
     Args:
         bundle: an opened bundle.
@@ -57,14 +61,12 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
         on_state: told ``preparing`` and ``loading`` as they begin; preparing can take long on a small board.
 
     Raises:
-        BundleError: a file is missing, damaged, or not for this runtime.
+        BundleError: a file is missing, damaged, or not for this runtime, or the answer is wrong.
     """
     report = on_state or (lambda _state: None)
-    manifest = bundle.manifest
-    graph = manifest.graph(config.engine.target)
+    graph = bundle.manifest.graph(config.engine.target)
     _check_runtime(graph)
     provider = choose_provider(config.engine.providers)
-    graph_path = None
     if config.engine.prepare and provider.name == "CPUExecutionProvider":
         report("preparing")
         try:
@@ -72,13 +74,43 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
         except BundleError as error:
             # A full disk must not keep the device silent: the bundle's own graph answers too, with more memory.
             _log.warning("no prepared copy, serving the bundle's own graph: %s", error)
+        else:
+            report("loading")
+            model = _load(bundle, config, provider, graph_path, prepared=True)
+            if self_test(model):
+                return model
+            _log.warning("the prepared copy answers wrongly, serving the bundle's own graph: please report this")
     report("loading")
+    graph_path = bundle.verified_path(graph.file)
+    if graph.data_file is not None:
+        bundle.verified_path(graph.data_file)
+    model = _load(bundle, config, provider, graph_path, prepared=False)
+    if not self_test(model):
+        raise BundleIntegrityError(
+            f"{graph.target} on {provider.name} does not generate the token recorded at export: it would answer "
+            "wrongly here. Try another engine.target or onnxruntime"
+        )
+    return model
+
+
+def self_test(model: LoadedModel) -> bool:
+    """Whether the manifest's expectation comes out: its first token is the most likely one, or nearly so.
+
+    Processors add in different orders, so two close logits may swap; a wrong kernel or a damaged weight is far off.
+    """
+    expectation = model.bundle.manifest.expectation
+    engine = model.engine
+    state = engine.start(expectation.prompt_token_ids, SamplingParams(), max_tokens=1)
+    while not state.prefilled:
+        engine.prefill(state)
+    engine.release(state)
+    logits = engine.runner.logits(0)
+    return bool(logits.max() - logits[expectation.token_ids[0]] < _NEAR_TIE)
+
+
+def _load(bundle: Bundle, config: Config, provider: ProviderChoice, graph_path: Path, *, prepared: bool) -> LoadedModel:
     started = time.monotonic()
-    prepared = graph_path is not None
-    if graph_path is None:
-        graph_path = bundle.verified_path(graph.file)
-        if graph.data_file is not None:
-            bundle.verified_path(graph.data_file)
+    manifest = bundle.manifest
     tokenizer = Tokenizer.from_file(bundle.verified_path(TOKENIZER_FILE))
     if tokenizer.vocab_size > manifest.model.vocab_size:
         raise UnsupportedBundleError(
@@ -90,21 +122,11 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
         slots=config.engine.slots,
         threads=config.engine.threads,
         providers=[provider.name],
-        kv_dtype=graph.kv_dtype,
+        kv_dtype=manifest.graph(config.engine.target).kv_dtype,
     )
     engine = Engine(runner, manifest.prompt.stop_token_ids, config.engine.prefill_chunk)
     renderer = PromptRenderer(manifest.prompt, tokenizer)
     return LoadedModel(bundle, engine, tokenizer, renderer, provider, prepared, time.monotonic() - started)
-
-
-def self_test(model: LoadedModel) -> bool:
-    """Generate the manifest's expectation greedily; True if the first token is the recorded one.
-
-    Later tokens may differ on another processor where two logits nearly tie, so only the first one decides.
-    """
-    expectation = model.bundle.manifest.expectation
-    tokens = model.engine.generate(expectation.prompt_token_ids, SamplingParams(), max_tokens=1)
-    return next(iter(tokens), None) == expectation.token_ids[0]
 
 
 def _check_runtime(graph: Graph) -> None:

@@ -252,7 +252,7 @@ class Asker:
     def _on_connected(self) -> None:
         with self._condition:
             unanswered = [pending.message for pending in self._pending.values() if pending.delivered]
-        # Events that came while we were away are lost, so ask again; what the broker has not got the link sends by itself.
+        # Events that came while we were away are lost, so ask again. What has not reached the broker the link repeats.
         for message in unanswered:
             self._link.publish(message)
 

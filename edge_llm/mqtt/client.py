@@ -181,10 +181,8 @@ class MqttLink:
             # A connection that stood for a while was a good one; one that did not must not be hammered.
             if self._connack_seen and time.monotonic() - started_at > self._config.reconnect_max_s:
                 attempt = 0
-            delay_s = min(self._config.reconnect_max_s, self._config.reconnect_min_s * 2.0 ** min(attempt, 30))
+            self._closing.wait(_backoff_s(attempt, self._config))
             attempt += 1
-            # Jitter, so that a fleet does not come back to its broker all at once.
-            self._closing.wait(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - not a secret
         self._wake_reader.close()
         self._wake_writer.close()
 
@@ -407,3 +405,9 @@ class MqttLink:
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
         self._wake_sent = False
+
+
+def _backoff_s(attempt: int, config: MqttConfig) -> float:
+    """Twice as long after each failure, with jitter: a fleet must not come back to its broker all at once."""
+    delay_s = min(config.reconnect_max_s, config.reconnect_min_s * 2.0 ** min(attempt, 30))
+    return delay_s * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_llm.bundle import prepare
+from edge_llm.bundle.manifest import Bundle
+from edge_llm.bundle.prepare import prepared_graph
+from edge_llm.engine.engine import Engine
+from edge_llm.engine.runner import Runner
+from edge_llm.errors import BundleError, BundleIntegrityError
+
+TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return Bundle.open(shutil.copytree(TINY, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often a copy was built."""
+    built = []
+    original = prepare._build
+    monkeypatch.setattr(prepare, "_build", lambda *args: (built.append(args), original(*args)))
+    return built
+
+
+def tokens(graph: Path, bundle: Bundle) -> list[int]:
+    engine = Engine(Runner(graph, bundle.manifest.model, threads=1), [])
+    return list(engine.generate(bundle.manifest.expectation.prompt_token_ids, max_tokens=16))
+
+
+def test_the_copy_answers_as_the_bundle_does(bundle, tmp_path):
+    graph = bundle.manifest.graph("cpu-int8")
+    copy = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert tokens(copy, bundle) == tokens(bundle.path / graph.file, bundle)
+
+
+def test_it_is_built_once(bundle, tmp_path, builds):
+    first = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert prepared_graph(bundle, "cpu-int8", tmp_path / "cache") == first
+    assert len(builds) == 1
+    assert not list((tmp_path / "cache" / "prepared").glob(".building-*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "seal"])
+def test_a_damaged_copy_is_built_anew(bundle, tmp_path, builds, damage):
+    copy = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    data = copy.parent / prepare.DATA_FILE
+    before = data.read_bytes()
+    if damage == "flip":
+        data.write_bytes(bytes([before[0] ^ 1]) + before[1:])
+    elif damage == "truncate":
+        data.write_bytes(before[:-10])
+    elif damage == "remove":
+        data.unlink()
+    else:
+        (copy.parent / prepare.SEAL_FILE).write_bytes(b"{}")
+    assert prepared_graph(bundle, "cpu-int8", tmp_path / "cache") == copy
+    assert len(builds) == 2
+    assert tokens(copy, bundle) == list(bundle.manifest.expectation.token_ids)
+
+
+@pytest.mark.parametrize("change", ["cpu_features", "onnxruntime", "bundle"])
+def test_a_stale_copy_is_replaced(bundle, tmp_path, builds, monkeypatch, change):
+    old = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    if change == "cpu_features":
+        monkeypatch.setattr(prepare, "cpu_features", lambda: "another processor")
+    elif change == "onnxruntime":
+        monkeypatch.setattr(prepare.ort, "__version__", "99.0")
+    else:
+        bundle = Bundle(bundle.path, bundle.manifest, "0" * 64)
+    new = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert new.parent != old.parent
+    assert len(builds) == 2
+    assert not old.exists()
+
+
+def test_copies_of_other_bundles_and_targets_stay(bundle, tmp_path):
+    int8 = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    fp32 = prepared_graph(bundle, "cpu-fp32", tmp_path / "cache")
+    assert int8.exists()
+    assert fp32.exists()
+
+
+def test_a_tampered_bundle_is_refused(bundle, tmp_path):
+    data = bundle.path / "graphs" / "cpu-int8" / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[::-1])
+    with pytest.raises(BundleIntegrityError):
+        prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.onnx"))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_an_error_that_says_so(bundle, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(BundleError, match="cannot be written"):
+        prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+
+
+def test_a_failing_build_says_why_and_leaves_nothing(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.sys, "executable", "/bin/false")
+    with pytest.raises(BundleError, match="could not be built"):
+        prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "prepared").iterdir()) == []
