@@ -137,7 +137,8 @@ class Mosquitto(LocalBroker):
             f"allow_anonymous {'true' if anonymous else 'false'}",
             "set_tcp_nodelay true",
             "connection_messages true",
-            "log_dest stdout",
+            # Its stdout is buffered in blocks.
+            "log_dest stderr",
             "log_type all",
             *(line for line in settings if not line.startswith("per_listener_settings")),
         ]

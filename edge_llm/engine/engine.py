@@ -94,7 +94,13 @@ class Engine:
 
     def prefill(self, state: GenerationState) -> None:
         """Run the next chunk of the prompt; the last one also chooses the first token."""
-        chunk = state.prompt_ids[state.cached_len : state.cached_len + self.prefill_chunk]
+        remaining = len(state.prompt_ids) - state.cached_len
+        count = min(remaining, self.prefill_chunk)
+        # Attention over one new token is another kernel than over several, and rounds differently. With no chunk of one
+        # token, the cache of a prompt is the same bit for bit however it was cut.
+        if remaining - count == 1 and count > 2:
+            count -= 1
+        chunk = state.prompt_ids[state.cached_len : state.cached_len + count]
         token_id = self.runner.prefill(state.slot, chunk, state.cached_len)
         state.cached_len += len(chunk)
         if state.prefilled:

@@ -1,0 +1,136 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.brokers import free_port
+from tests.generate_tiny_bundle import TINY_BUNDLE
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def edge_llm(*arguments: str, cache: Path | None = None, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_LLM_")}
+    if cache is not None:
+        environ["XDG_CACHE_HOME"] = str(cache)
+    command = [sys.executable, "-m", "edge_llm.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environ, check=False)
+
+
+@pytest.fixture
+def running(mosquitto, start_daemon, connect):
+    start_daemon(mosquitto.port)
+    connect(mosquitto.port)
+    return mosquitto.port
+
+
+@pytest.mark.broker
+def test_ask_streams_the_answer(running):
+    result = edge_llm("ask", "hello", "--port", str(running))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("flags", [(), ("--mqtt3",)])
+def test_ask_prints_events_as_json(running, flags):
+    result = edge_llm("ask", "hello", "--json", "--port", str(running), *flags)
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["seq"] for event in events] == list(range(len(events)))
+    assert events[-1]["type"] == "final"
+
+
+@pytest.mark.broker
+def test_ask_reports_an_error_event(running):
+    result = edge_llm("ask", "word " * 400, "--port", str(running))
+    assert result.returncode == 1
+    assert "413 too_long" in result.stderr
+
+
+def test_ask_without_a_broker_says_so_in_one_line():
+    result = edge_llm("ask", "hello", "--port", str(free_port()))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "Is the broker running" in result.stderr
+
+
+@pytest.mark.broker
+def test_ask_without_a_daemon_says_so_in_one_line(mosquitto):
+    result = edge_llm("ask", "hello", "--port", str(mosquitto.port))
+    assert result.returncode == 2
+    assert "start `edge-llm serve`" in result.stderr
+
+
+def test_bench_prints_figures(tmp_path):
+    result = edge_llm("bench", "--bundle", str(TINY_BUNDLE), "--rounds", "2", "--json", cache=tmp_path)
+    figures = json.loads(result.stdout)
+    assert figures.keys() >= {"load_s", "rss_anon_mb", "prefill_ms", "decode_ms", "python_overhead_ms"}
+    assert set(figures["prefill_ms"]) == {"16", "64"}
+    assert 0 < figures["decode_ms"]["p50"] <= figures["decode_ms"]["p99"]
+    assert 0 < figures["python_overhead_ms"] < figures["decode_ms"]["p99"]
+    text = edge_llm("bench", "--bundle", str(TINY_BUNDLE), "--rounds", "2", cache=tmp_path).stdout
+    assert "ms/token" in text
+
+
+@pytest.mark.broker
+def test_doctor_is_content(mosquitto, tmp_path):
+    result = edge_llm("doctor", "--bundle", str(TINY_BUNDLE), "--port", str(mosquitto.port), cache=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "every hash matches" in result.stdout
+    assert "the first token is the expected one" in result.stdout
+
+
+def test_doctor_names_what_fails(tmp_path):
+    folder = Path(shutil.copytree(TINY_BUNDLE, tmp_path / "bundle"))
+    data = folder / "graphs" / "cpu-int8" / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[::-1])
+    result = edge_llm("doctor", "--json", "--bundle", str(folder), "--port", str(free_port()), cache=tmp_path)
+    assert result.returncode == 1
+    report = json.loads(result.stdout)
+    assert not report["ok"]
+    failed = {check["name"]: check["detail"] for check in report["checks"] if check["ok"] is False}
+    assert set(failed) == {"broker", "bundle", "answer"}
+    assert "does not match its SHA-256" in failed["bundle"]
+
+
+def test_prepare_builds_the_copy(tmp_path):
+    result = edge_llm("prepare", "--bundle", str(TINY_BUNDLE), cache=tmp_path)
+    assert result.returncode == 0
+    assert list(tmp_path.rglob("prepared.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve"], "no bundle: give --bundle"),
+        (["serve", "--bundle", "/no/such/folder"], "no bundle at /no/such/folder"),
+        (["bench", "--bundle", str(TINY_BUNDLE), "--set", "engine.slots=0"], "engine.slots"),
+        (["bench", "--bundle", str(TINY_BUNDLE), "--set", "engine.slot=1"], "unknown field `slot`"),
+        (["bench", "--bundle", str(TINY_BUNDLE), "--set", "engine"], "write KEY=VALUE"),
+        (["bench", "--bundle", str(TINY_BUNDLE), "--device", "toaster"], "no device file for 'toaster'"),
+        (["doctor", "--config", "/no/such/file.toml"], "cannot read /no/such/file.toml"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message):
+    result = edge_llm(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_the_demo_answers_six_questions_and_leaves_nothing(tmp_path):
+    result = edge_llm("demo", "--bundle", str(TINY_BUNDLE), cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n> ") == 6
+    assert "ms/token" in result.stdout
+    assert "cancelled half-way" in result.stdout
+    pid = int(result.stdout.split("(process ")[1].split(")")[0])
+    assert not Path(f"/proc/{pid}").exists()

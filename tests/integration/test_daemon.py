@@ -1,0 +1,213 @@
+"""The daemon as its users meet it: a process, a real broker, a real model (small)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+
+import pytest
+
+from edge_llm.bundle.manifest import Bundle
+from edge_llm.config import Config, EngineConfig
+from edge_llm.engine.loading import load_model
+from edge_llm.engine.prompt import Message
+from edge_llm.errors import RequestError
+from edge_llm.mqtt.asking import DaemonOfflineError
+from tests.brokers import wait_for
+from tests.generate_tiny_bundle import TINY_BUNDLE
+
+pytestmark = pytest.mark.broker
+WAIT_S = 30
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What the engine answers in this process: the daemon must say the same."""
+    config = Config(cache_dir=str(tmp_path_factory.mktemp("cache")), engine=EngineConfig(threads=1))
+    model = load_model(Bundle.open(TINY_BUNDLE), config)
+
+    def answer(*contents: str, max_tokens: int = 32) -> str:
+        roles = ["user", "assistant"] * len(contents)
+        messages = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
+        token_ids = list(model.engine.generate(model.renderer.encode(messages), max_tokens=max_tokens))
+        return model.tokenizer.decode(token_ids).removesuffix("\ufffd")
+
+    return answer
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_query_is_answered_as_the_engine_answers(mosquitto, start_daemon, connect, expected, protocol):
+    start_daemon(mosquitto.port)
+    asker = connect(mosquitto.port, mqtt={"protocol": protocol})
+    deltas: list[str] = []
+    final = asker.ask("What is MQTT?", on_delta=deltas.append)
+    assert final["text"] == expected("What is MQTT?")
+    assert final["text"].startswith("".join(deltas))
+    assert deltas
+    assert final["usage"]["completion_tokens"] > 0
+    assert final["source"] == "model"
+
+
+def test_the_demo_path_over_iotcore(iotcore, start_daemon, connect, expected):
+    start_daemon(iotcore.port)
+    assert connect(iotcore.port).ask("hello")["text"] == expected("hello")
+
+
+def test_fifty_queries_of_ten_users_get_one_terminal_event_each(mosquitto, start_daemon, connect, expected):
+    start_daemon(mosquitto.port, "serving.max_queued_per_user=8")
+    askers = [connect(mosquitto.port, user=f"user{number}") for number in range(10)]
+    texts = {(user, number): f"question {number} of {user}" for user in range(10) for number in range(5)}
+    answers: dict[tuple[int, int], list[dict]] = {key: [] for key in texts}
+    sent = {key: askers[key[0]].send(text, id=f"q{key[1]}", max_tokens=24) for key, text in texts.items()}
+    cancelled = {(2, 4), (7, 4), (9, 3)}
+    for key in cancelled:
+        askers[key[0]].cancel(sent[key])
+
+    def collect(user: int) -> None:
+        for number in range(5):
+            answers[user, number] += list(askers[user].events(sent[user, number], timeout_s=WAIT_S))
+
+    threads = [threading.Thread(target=collect, args=(user,)) for user in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S * 2)
+    for key, events in answers.items():
+        assert [event["type"] for event in events].count("final") == 1
+        assert [event["seq"] for event in events] == list(range(len(events)))
+        final = events[-1]
+        if final["finish_reason"] == "cancelled":
+            assert key in cancelled
+        else:
+            assert final["text"] == expected(texts[key], max_tokens=24)
+
+
+def test_a_session_goes_on(mosquitto, start_daemon, connect, expected):
+    start_daemon(mosquitto.port)
+    asker = connect(mosquitto.port)
+    first = asker.ask("one", session="s")["text"]
+    second = asker.ask("two", session="s")
+    assert second["text"] == expected("one", first, "two")
+    assert asker.ask("two")["text"] == expected("two")
+
+
+def test_info_status_and_metrics(mosquitto, start_daemon, connect):
+    import paho.mqtt.client as mqtt
+
+    start_daemon(mosquitto.port, "serving.metrics_interval_s=0.2")
+    connect(mosquitto.port).ask("hello")
+    seen: dict[str, dict] = {}
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    client.on_message = lambda _client, _data, message: seen.update({message.topic: json.loads(message.payload)})
+    client.connect("127.0.0.1", mosquitto.port)
+    client.subscribe("edge_llm/v1/edge/+")
+    client.loop_start()
+    try:
+        topics = {f"edge_llm/v1/edge/{name}" for name in ("status", "info", "metrics")}
+        wait_for(lambda: topics <= seen.keys(), WAIT_S)
+    finally:
+        client.disconnect()
+        client.loop_stop()
+    info = seen["edge_llm/v1/edge/info"]
+    assert info["bundle"]["digest"] == Bundle.open(TINY_BUNDLE).digest
+    assert info["bundle"]["quality"]["max_perplexity_ratio"] == 1.05
+    assert info["provider"] == {"used": "CPUExecutionProvider", "refused": {}, "prepared": True}
+    assert seen["edge_llm/v1/edge/status"]["state"] == "online"
+    assert seen["edge_llm/v1/edge/metrics"]["latency"]["ttft_ms"]["count"] == 1
+
+
+def test_what_the_scheduler_refuses_arrives_as_an_error(mosquitto, start_daemon, connect):
+    start_daemon(mosquitto.port)
+    asker = connect(mosquitto.port)
+    with pytest.raises(RequestError) as caught:
+        asker.ask("word " * 400)
+    assert caught.value.code == 413
+    with pytest.raises(RequestError) as caught:
+        asker.ask("hello", max_tokens=250)
+    assert caught.value.code == 413
+
+
+def test_sigterm_finishes_what_was_accepted_and_refuses_the_rest(mosquitto, start_daemon, connect, slow_bundle):
+    daemon = start_daemon(mosquitto.port, bundle=slow_bundle)
+    asker = connect(mosquitto.port)
+    query_id = asker.send("go on", max_tokens=400)
+    events = asker.events(query_id, timeout_s=WAIT_S)
+    assert next(events)["type"] == "delta"
+    daemon.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: any(status.get("state") == "draining" for status in asker._statuses.values()), WAIT_S)
+    with pytest.raises(RequestError) as caught:
+        asker.ask("too late")
+    assert caught.value.code == 503
+    final = list(events)[-1]
+    assert (final["finish_reason"], final["usage"]["completion_tokens"]) == ("length", 400)
+    assert daemon.process.wait(WAIT_S) == 0
+    with pytest.raises(DaemonOfflineError, match="offline"):
+        connect(mosquitto.port, online=False).wait_online(0.5)
+
+
+def test_sigterm_out_of_time_ends_with_the_text_so_far(mosquitto, start_daemon, connect, slow_bundle):
+    daemon = start_daemon(mosquitto.port, "serving.drain_timeout_s=0.2", bundle=slow_bundle)
+    asker = connect(mosquitto.port)
+    events = asker.events(asker.send("go on", max_tokens=1900), timeout_s=WAIT_S)
+    next(events)
+    assert daemon.stop() == 0
+    final = list(events)[-1]
+    assert final["finish_reason"] == "cancelled"
+    assert final["text"]
+
+
+def test_sigterm_while_loading_stops_at_once(mosquitto, start_daemon, slow_bundle):
+    daemon = start_daemon(mosquitto.port, bundle=slow_bundle)
+    wait_for(lambda: "connected to the broker" in daemon.log(), WAIT_S)
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log()
+
+
+def test_a_broker_killed_during_an_answer_gets_it_when_it_is_back(mosquitto, start_daemon, connect, slow_bundle):
+    daemon = start_daemon(mosquitto.port, bundle=slow_bundle)
+    asker = connect(mosquitto.port)
+    events = asker.events(asker.send("go on", max_tokens=600), timeout_s=WAIT_S)
+    assert next(events)["type"] == "delta"
+    mosquitto.kill()
+    wait_for(lambda: "lost the connection" in daemon.log(), WAIT_S)
+    mosquitto.start()
+    final = list(events)[-1]
+    assert (final["type"], final["usage"]["completion_tokens"]) == ("final", 600)
+
+
+def test_a_daemon_killed_during_an_answer_gets_the_query_again(mosquitto, start_daemon, connect, slow_bundle):
+    daemon = start_daemon(mosquitto.port, bundle=slow_bundle)
+    asker = connect(mosquitto.port)
+    events = asker.events(asker.send("go on", max_tokens=200), timeout_s=WAIT_S)
+    assert next(events)["type"] == "delta"
+    daemon.kill()
+    wait_for(lambda: any(status.get("state") == "offline" for status in asker._statuses.values()), WAIT_S)
+    daemon.start()
+    assert list(events)[-1]["usage"]["completion_tokens"] == 200
+
+
+def test_barge_in(mosquitto, start_daemon, connect, slow_bundle):
+    start_daemon(mosquitto.port, bundle=slow_bundle)
+    asker = connect(mosquitto.port)
+    first = asker.send("go on", max_tokens=1900)
+    events = asker.events(first, timeout_s=WAIT_S)
+    next(events)
+    second = asker.send("stop, instead", supersedes=first, max_tokens=5)
+    assert list(events)[-1]["finish_reason"] == "cancelled"
+    assert list(asker.events(second, timeout_s=WAIT_S))[-1]["finish_reason"] == "length"
+
+
+def test_a_pool_of_three_shares_queries_and_a_cancel_reaches_the_owner(mosquitto, start_daemon, connect, slow_bundle):
+    for number in range(3):
+        start_daemon(mosquitto.port, 'mqtt.pool="fleet"', bundle=slow_bundle, node=f"node{number}")
+    for number in range(3):
+        connect(mosquitto.port, node=f"node{number}")
+    asker = connect(mosquitto.port, pool="fleet")
+    ids = [asker.send(f"question {number}", max_tokens=60) for number in range(9)]
+    long_id = asker.send("go on", max_tokens=1900)
+    finals = [list(asker.events(query_id, timeout_s=WAIT_S))[-1] for query_id in ids]
+    assert {final["type"] for final in finals} == {"final"}
+    assert len({final["node"] for final in finals}) >= 2
+    asker.cancel(long_id)
+    assert list(asker.events(long_id, timeout_s=WAIT_S))[-1]["finish_reason"] == "cancelled"
