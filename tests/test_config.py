@@ -66,7 +66,7 @@ def test_a_wrong_variable_is_named(environ, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read .*no.toml"):
+    with pytest.raises(ConfigError, match=r"cannot read .*no\.toml"):
         load_config(config_file=tmp_path / "no.toml")
 
 
