@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tests.export.models import tokenizer_json
 from tests.generate_tiny_bundle import CHAT_TEMPLATE
 
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 Arrays = dict[str, NDArray[np.float32]]
 LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",

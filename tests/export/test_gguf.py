@@ -30,11 +30,11 @@ def qwen2_config() -> Any:
 @pytest.mark.parametrize(
     ("architecture", "config"),
     [
-        ("llama", lambda: llama_config()),
+        ("llama", llama_config),
         ("llama", lambda: llama_config(tie_word_embeddings=False, num_key_value_heads=4)),
         ("llama", lambda: llama_config(attention_bias=True)),
         ("qwen2", qwen2_config),
-        ("gpt2", lambda: gpt2_config()),
+        ("gpt2", gpt2_config),
     ],
     ids=["llama", "llama-untied", "llama-biases", "qwen2", "gpt2"],
 )

@@ -136,9 +136,9 @@ def relative_error(own: NDArray[np.float32], expected: NDArray[np.float32]) -> f
 @pytest.mark.parametrize(
     "config",
     [
-        lambda: gpt2_config(),
+        gpt2_config,
         lambda: gpt2_config(n_head=5, n_embd=80, tie_word_embeddings=False),
-        lambda: llama_config(),
+        llama_config,
         lambda: llama_config(num_attention_heads=9, num_key_value_heads=3, hidden_size=144, tie_word_embeddings=False),
         lambda: llama_config(attention_bias=True, mlp_bias=True),
     ],
@@ -166,7 +166,9 @@ def test_smoothing_changes_nothing_in_float32(config: Any, tmp_path: Path) -> No
     groups = checkpoint.architecture.smoothing_groups()
     magnitudes = measure_magnitudes(path, dims, [group.activation for group in groups], random_ids(200, seed=3))
     smoothed = SmoothedTensors(checkpoint.tensors, groups, magnitudes)
-    changed = [name for name in smoothed.shapes if not np.array_equal(smoothed.read(name), checkpoint.tensors.read(name))]
+    changed = [
+        name for name in smoothed.shapes if not np.array_equal(smoothed.read(name), checkpoint.tensors.read(name))
+    ]
     assert len(changed) >= 8
     graph = build_graph(replace_tensors(checkpoint, smoothed), CPU_FP32, dims, tmp_path / "smoothed")
     assert_equals_transformers(model, Runner(graph, dims))

@@ -52,9 +52,7 @@ ONLY_LAST_TURN = "<|im_start|>user\n{{ messages[-1]['content'] }}<|im_end|>\n"
 COUNTS_TURNS = CHATML.replace("<|im_start|>{{ message['role'] }}", "<|im_start|>{{ loop.index }} {{ message['role'] }}")
 UPPER = CHATML.replace("message['content']", "message['content'] | upper")
 LENGTH = CHATML.replace("<|im_end|>", "{{ message['content'] | length }}<|im_end|>")
-BY_CONTENT = CHATML.replace(
-    "<|im_end|>", "{% if '你好' in message['content'] %} (Chinese){% endif %}<|im_end|>"
-)
+BY_CONTENT = CHATML.replace("<|im_end|>", "{% if '你好' in message['content'] %} (Chinese){% endif %}<|im_end|>")
 
 
 def checkpoint(template: str | None, **chat: Any) -> Checkpoint:
@@ -110,6 +108,12 @@ def test_default_system_message_is_kept() -> None:
     # The day of the export must not become part of every prompt.
     assert llama3.system is not None
     assert "26 Jul 2024" in llama3.system.before
+
+
+def test_token_that_opens_every_message_is_no_prefix() -> None:
+    prompt = made_from(CHAT_TEMPLATE, bos_token="<|im_start|>")
+    assert prompt.prefix == ""
+    assert prompt.system == RolePieces(before="<|im_start|>system\n", after="<|im_end|>\n")
 
 
 def test_template_that_refuses_system_messages_has_no_system_piece() -> None:

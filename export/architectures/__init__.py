@@ -1,0 +1,1 @@
+"""From a checkpoint's weights to graph nodes, one straight-line function per architecture."""

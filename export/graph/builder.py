@@ -1,0 +1,153 @@
+"""A graph under construction: nodes in memory, large weights streamed to one external data file as they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_llm.bundle import graph_io
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from edge_llm.bundle.manifest import ModelDims
+    from export.graph.weights import WeightFormat
+
+OPSET: Final = 21
+IR_VERSION: Final = 10
+CONTRIB: Final = "com.microsoft"
+MODEL_FILE: Final = "model.onnx"
+DATA_FILE: Final = "model.onnx.data"
+# Smaller tensors (shapes, norms of a tiny model) stay inside model.onnx, where shape inference can see them.
+_INLINE_BYTES: Final = 1024
+# Large tensors start on a page, so that the runtime can map the file into memory instead of copying it.
+_PAGE_BYTES: Final = 4096
+# ONNX Runtime registers these in the default domain, where the ONNX checker does not know them.
+_UNCHECKED_OPS: Final = frozenset({"SimplifiedLayerNormalization"})
+
+
+class GraphBuilder:
+    """Collects nodes and weights of one graph; use it as a context manager, then ``save``.
+
+    Args:
+        folder: where model.onnx and model.onnx.data go; it exists.
+        weights: how weight matrices are stored.
+        on_write: told the number of bytes after each write, for a progress bar.
+    """
+
+    def __init__(self, folder: Path, weights: WeightFormat, on_write: Callable[[int], object] | None = None) -> None:
+        self.folder = folder
+        self.weights = weights
+        self._on_write = on_write
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._data = (folder / DATA_FILE).open("wb")
+
+    def __enter__(self) -> GraphBuilder:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._data.close()
+
+    def node(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> str:
+        """Append an operator of the default domain; returns its first output's name."""
+        self._nodes.append(helper.make_node(op_type, inputs, outputs, name=outputs[0], **attributes))
+        return outputs[0]
+
+    def contrib(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> str:
+        """Append an operator of ``com.microsoft``; returns its first output's name."""
+        return self.node(op_type, inputs, outputs, domain=CONTRIB, **attributes)
+
+    def initializer(self, name: str, array: NDArray[Any]) -> str:
+        """Add a constant tensor; returns its name."""
+        assert name not in self._initializers, f"initializer {name} added twice"
+        array = np.ascontiguousarray(array)
+        if array.nbytes < _INLINE_BYTES:
+            self._initializers[name] = numpy_helper.from_array(array, name)
+            return name
+        offset = self._data.tell()
+        padding = -offset % _PAGE_BYTES
+        self._data.write(bytes(padding))
+        self._data.write(array.data)
+        tensor = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+        for key, value in {"location": DATA_FILE, "offset": offset + padding, "length": array.nbytes}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor
+        if self._on_write is not None:
+            self._on_write(array.nbytes)
+        return name
+
+    def save(self, dims: ModelDims, *, takes_positions: bool, metadata: Mapping[str, str]) -> Path:
+        """Write model.onnx beside its data file, after the ONNX checker has passed it.
+
+        Args:
+            dims: the model's shape.
+            takes_positions: whether the graph has the ``position_ids`` input.
+            metadata: entries for the model's ``metadata_props``.
+
+        Returns:
+            The path of model.onnx.
+        """
+        self._data.close()
+        inputs, outputs = _declare_io(dims, takes_positions=takes_positions)
+        graph = helper.make_graph(
+            self._nodes,
+            f"{dims.architecture}-{self.weights.target}",
+            inputs,
+            outputs,
+            list(self._initializers.values()),
+            doc_string="One step of a decoder with a static key-value cache, appended in place; inputs and outputs "
+            "are described in edge_llm/bundle/graph_io.py.",
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edge-llm")
+        helper.set_model_props(model, dict(metadata))
+        path = self.folder / MODEL_FILE
+        _check(model, path)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return path
+
+
+def _check(model: onnx.ModelProto, path: Path) -> None:
+    """Run the ONNX checker on a copy that calls ONNX Runtime's own operators by their contrib domain."""
+    checked = onnx.ModelProto()
+    checked.CopyFrom(model)
+    for node in checked.graph.node:
+        if node.op_type in _UNCHECKED_OPS:
+            node.domain = CONTRIB
+    # The checker follows external data only from a file.
+    path.write_bytes(checked.SerializeToString())
+    onnx.checker.check_model(str(path))
+
+
+def _declare_io(
+    dims: ModelDims, *, takes_positions: bool
+) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    value = helper.make_tensor_value_info
+    inputs = [value(graph_io.INPUT_IDS, TensorProto.INT64, ["batch", "seq"])]
+    if takes_positions:
+        inputs.append(value(graph_io.POSITION_IDS, TensorProto.INT64, ["batch", "seq"]))
+    inputs += [
+        value(graph_io.SEQLENS_K, TensorProto.INT32, ["batch"]),
+        value(graph_io.TOTAL_SEQUENCE_LENGTH, TensorProto.INT32, []),
+        value(graph_io.LOGIT_INDICES, TensorProto.INT64, ["n"]),
+    ]
+    outputs = [
+        value(graph_io.LOGITS, TensorProto.FLOAT, ["batch", "n", dims.vocab_size]),
+        value(graph_io.NEXT_TOKEN_IDS, TensorProto.INT64, ["batch", "n"]),
+    ]
+    cache_shape: list[str | int | None] = ["batch", dims.num_kv_heads, dims.max_seq_len, dims.head_dim]
+    for layer in range(dims.num_layers):
+        inputs += [value(name, TensorProto.FLOAT, cache_shape) for name in graph_io.past_names(layer)]
+        outputs += [value(name, TensorProto.FLOAT, cache_shape) for name in graph_io.present_names(layer)]
+    return inputs, outputs
