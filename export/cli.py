@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from export.graph.weights import WeightFormat
 
 _TARGETS: Final = ("cpu-int8", "cpu-fp32")
+_GENERATION: Final = ("max_tokens", "temperature", "repetition_penalty")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     bundle.add_argument("--verify", choices=("hf",), help="hf: compare with transformers too (needs torch)")
     bundle.add_argument("--name", help="of the bundle (default: the model's)")
     bundle.add_argument("--bundle-version", default="1", metavar="VERSION", help="of the bundle (default 1)")
+    defaults = bundle.add_argument_group("defaults", "for queries that set nothing (default: the model's own)")
+    defaults.add_argument("--max-tokens", type=int)
+    defaults.add_argument("--temperature", type=float, help="0 is greedy")
+    defaults.add_argument("--repetition-penalty", type=float)
     return parser
 
 
@@ -110,6 +115,7 @@ def _export_options(options: argparse.Namespace) -> ExportOptions:
         verify_hf=options.verify == "hf",
         name=options.name,
         version=options.bundle_version,
+        generation={name: value for name in _GENERATION if (value := getattr(options, name)) is not None},
     )
 
 

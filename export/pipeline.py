@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -16,7 +16,7 @@ import onnxruntime
 import tokenizers
 
 from edge_llm import __version__
-from edge_llm.bundle.manifest import QUALITY_FILE, TOKENIZER_FILE, Manifest, sha256_file
+from edge_llm.bundle.manifest import QUALITY_FILE, TOKENIZER_FILE, GenerationDefaults, Manifest, sha256_file
 from edge_llm.engine.prompt import Message, PromptRenderer
 from edge_llm.engine.tokenizer import Tokenizer
 from export.calibrate import CALIBRATION_TEXT, measure_magnitudes
@@ -30,7 +30,7 @@ from export.template import make_prompt_template
 from export.verify import check_limit, compare, expect_greedy, open_runner, read_text_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edge_llm.bundle.manifest import Expectation, GraphQuality, ModelDims, PromptTemplate
@@ -56,6 +56,7 @@ class ExportOptions:
         verify_hf: whether to compare with transformers as well.
         name: of the bundle; None is the checkpoint's.
         version: of the bundle.
+        generation: defaults that take the place of the checkpoint's, as fields of ``GenerationDefaults``.
     """
 
     out: Path
@@ -66,6 +67,7 @@ class ExportOptions:
     verify_hf: bool = False
     name: str | None = None
     version: str = "1"
+    generation: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_bundle(model: str, options: ExportOptions) -> Manifest:
@@ -85,6 +87,7 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
         ExportError: anything about the input, the disk or the quality; nothing is left behind.
     """
     check_destination(options.out)
+    checkpoint = replace(checkpoint, generation=_generation(checkpoint.generation, options.generation))
     dims = checkpoint.architecture.dims(_context(checkpoint, options.context))
     prompt = make_prompt_template(checkpoint)
     text_tokens = read_text_tokens(options.verify_text, checkpoint.tokenizer_json)
@@ -103,6 +106,13 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
         manifest = _manifest(checkpoint, options, dims, prompt, quality, expectation, folder)
         publish(folder, options.out.absolute(), manifest)
     return manifest
+
+
+def _generation(own: GenerationDefaults, asked: Mapping[str, float]) -> GenerationDefaults:
+    try:
+        return msgspec.convert(msgspec.to_builtins(own) | dict(asked), GenerationDefaults)
+    except msgspec.ValidationError as error:
+        raise ExportError(f"generation defaults: {error}") from None
 
 
 def _context(checkpoint: Checkpoint, asked: int | None) -> int:

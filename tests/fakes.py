@@ -55,7 +55,7 @@ def _bytes_to_unicode() -> dict[int, str]:
 
 
 class FakeRunner:
-    """Stands in for engine/runner.py's Runner. A closed ``gate`` makes the next run wait, ``fail_next`` makes it raise."""
+    """Stands in for engine/runner.py's Runner. With ``gate`` closed a run waits; ``fail_next`` is raised."""
 
     def __init__(self, slots: int = 4, max_seq_len: int = 256, stop_after: int | None = None) -> None:
         self.dims = ModelDims(

@@ -38,6 +38,15 @@ def test_the_chunk_size_changes_nothing(chunk):
     assert list(fake_engine(FakeRunner(), chunk).generate(PROMPTS[2], max_tokens=12)) == expected
 
 
+@pytest.mark.parametrize("length", range(2, 70))
+def test_no_chunk_is_a_single_token(length):
+    runner = FakeRunner()
+    list(fake_engine(runner, prefill_chunk=16).generate([1] * length, max_tokens=1))
+    chunks = [count for kind, count in runner.runs if kind == "prefill"]
+    assert sum(chunks) == length
+    assert 2 <= min(chunks) <= max(chunks) <= 16
+
+
 def test_sequences_that_join_and_leave_answer_as_alone():
     engine = fake_engine(FakeRunner(slots=4))
     limits = [3, 9, 6, 12]

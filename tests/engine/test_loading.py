@@ -59,7 +59,7 @@ def test_a_bundle_that_answers_wrongly_is_refused(config, tmp_path):
 
 def test_an_older_onnxruntime_is_refused_by_name(config, tmp_path):
     graphs = [msgspec.structs.replace(graph, min_onnxruntime="99.1") for graph in Bundle.open(TINY).manifest.graphs]
-    with pytest.raises(UnsupportedBundleError, match="needs onnxruntime 99.1 or newer"):
+    with pytest.raises(UnsupportedBundleError, match=r"needs onnxruntime 99\.1 or newer"):
         load_model(rewritten(tmp_path, graphs=tuple(graphs)), config)
 
 
@@ -78,5 +78,5 @@ def test_a_provider_that_is_not_there_is_noted_and_the_next_one_used(config):
 
 def test_no_provider_at_all_names_what_there_is(config):
     only = msgspec.structs.replace(config, engine=EngineConfig(providers=("NoSuchExecutionProvider",)))
-    with pytest.raises(UnsupportedBundleError, match="which has: .*CPUExecutionProvider"):
+    with pytest.raises(UnsupportedBundleError, match=r"which has: .*CPUExecutionProvider"):
         load_model(Bundle.open(TINY), only)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mmap
+import platform
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parent.parent.parent
 TINY = Bundle.open(ROOT / "tests" / "data" / "tiny_bundle")
 DIMS = TINY.manifest.model
 GRAPH = TINY.path / TINY.manifest.graph("cpu-int8").file
+# On x86-64, blocks of 64 are summed in the same order for one row as for many (docs/architecture.md).
+EXACT = platform.machine() == "x86_64"
 
 
 @pytest.fixture
@@ -62,14 +65,14 @@ def test_every_slot_answers_alike_and_touches_no_other(runner, slot):
             assert not np.any(buffer[slot, :, :29] == 7.0)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 31])
+@pytest.mark.parametrize("chunk", [2, 5, 16, 32])
 def test_chunked_prefill_equals_one_run(runner, chunk):
-    token_ids = prompt(31)
-    whole = runner.forward(0, token_ids, 0, [30])[0]
-    for start in range(0, 31, chunk):
+    token_ids = prompt(32)
+    whole = runner.forward(0, token_ids, 0, [31])[0]
+    for start in range(0, 32, chunk):
         part = token_ids[start : start + chunk]
         last = runner.forward(1, part, start, [len(part) - 1])[0]
-    np.testing.assert_allclose(last, whole, atol=2e-3)
+    np.testing.assert_allclose(last, whole, atol=0.0 if EXACT else 2e-2)
 
 
 def test_forward_returns_the_chosen_rows(runner):
@@ -105,7 +108,19 @@ def test_a_batch_decodes_as_each_alone_token_for_token():
                 assert logits.max() - logits[expected] < 1e-3
                 near_ties += 1
             answer.append(expected)
-    assert near_ties <= 2
+    assert near_ties <= (0 if EXACT else 2)
+
+
+@pytest.mark.skipif(not EXACT, reason="other processors' kernels are not known to sum in one order")
+def test_a_batch_computes_the_same_bits_as_each_alone():
+    prompts = [prompt(length, seed=length) for length in (10, 37, 64)]
+    alone, together = (Runner(GRAPH, DIMS, slots=3, threads=1) for _ in range(2))
+    for slot, token_ids in enumerate(prompts):
+        assert alone.prefill(slot, token_ids, 0) == together.prefill(slot, token_ids, 0)
+    together.decode(0, [5, 6, 7], [10, 37, 64])
+    for slot, token_ids in enumerate(prompts):
+        alone.decode(slot, [5 + slot], [len(token_ids)])
+        np.testing.assert_array_equal(alone.logits(0), together.logits(slot))
 
 
 def test_sequences_that_move_between_rows_answer_as_alone():

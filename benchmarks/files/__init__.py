@@ -1,0 +1,1 @@
+"""The models that the benchmarks run, made once and kept in a cache folder."""

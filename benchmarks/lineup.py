@@ -1,0 +1,125 @@
+"""Who is measured on which model, and where each gets its files from."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from benchmarks.files import bundles, gpt2
+from benchmarks.files.cache import built, remove_others, run_module
+from benchmarks.machine import version_of
+
+OWN: Final = "edge_llm"
+CONTEXT: Final = 1024
+SMOLLM2_VOCAB_SIZE: Final = 49152
+MODELS: Final = ("gpt2-124m", "smollm2-135m")
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An engine on a model.
+
+    Attributes:
+        engine: its name in the rows; a setting of a peer comes behind a blank, as in "llama.cpp flash-attention".
+        load: ``module:function`` of its ``load``.
+        needs: importable module → requirement for pip.
+        prepare: makes its files in the cache folder, and returns what to load.
+    """
+
+    engine: str
+    load: str
+    needs: dict[str, str]
+    prepare: Callable[[Path], Path]
+
+    @property
+    def missing(self) -> str | None:
+        """Status of the row when a package is not installed."""
+        absent = [pip for module, pip in self.needs.items() if importlib.util.find_spec(module) is None]
+        return f"missing: pip install {' '.join(absent)}" if absent else None
+
+
+def lineup(model: str) -> list[Entrant]:
+    """The engines of a model, this runtime first."""
+    return _GPT2 if model == "gpt2-124m" else _SMOLLM2
+
+
+def prompt_ids(model: str, count: int) -> list[int]:
+    """The same random tokens for every engine, without the special ones at the ends of the vocabularies."""
+    vocab_size = gpt2.VOCAB_SIZE if model == "gpt2-124m" else SMOLLM2_VOCAB_SIZE
+    return [int(token_id) for token_id in np.random.default_rng(64).integers(300, vocab_size - 300, count)]
+
+
+def _converted(package: str, cache_dir: Path, suffix: str, convert: Callable[[Path, Path], None]) -> Path:
+    """The GPT-2-shaped checkpoint in a peer's format, keyed by the checkpoint and the peer's version."""
+    checkpoint = bundles.gpt2_checkpoint(cache_dir)
+    key = checkpoint.name.removeprefix("checkpoint-")
+    path = checkpoint.parent / f"{package}-{version_of(package)}-{key}{suffix}"
+    built(path, functools.partial(convert, checkpoint))
+    remove_others(path, f"{package}-")
+    return path
+
+
+def _by_own_converter(package: str, cache_dir: Path) -> Path:
+    return _converted(
+        package,
+        cache_dir,
+        "",
+        lambda checkpoint, out: run_module("benchmarks.files.peers", package, checkpoint, out),
+    )
+
+
+def _gpt2_gguf(cache_dir: Path) -> Path:
+    from benchmarks.files.gguf_q8 import write_gpt2
+
+    return _converted("gguf", cache_dir, ".Q8_0.gguf", write_gpt2)
+
+
+def _smollm2_gguf(cache_dir: Path) -> Path:
+    from benchmarks.files.gguf_q8 import requantise
+    from export.alias import fetch_alias
+
+    source = fetch_alias(bundles.SMOLLM2_ALIAS)
+    path = cache_dir / "smollm2-135m" / f"gguf-{version_of('gguf')}.Q8_0.gguf"
+    return built(path, functools.partial(requantise, source))
+
+
+def _llama_cpp(prepare: Callable[[Path], Path]) -> list[Entrant]:
+    needs = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+    return [
+        Entrant("llama.cpp", "benchmarks.engines.llama:load", needs, prepare),
+        Entrant("llama.cpp flash-attention", "benchmarks.engines.llama:load_flash", needs, prepare),
+    ]
+
+
+_TORCH: Final = {"torch": "torch", "transformers": "transformers"}
+_OWN_NEEDS: Final = {"onnxruntime": "onnxruntime", "onnx": "onnx"}
+_OPTIMUM_NEEDS: Final = {"optimum.onnxruntime": "optimum-onnx", **_TORCH}
+_optimum = functools.partial(_by_own_converter, "optimum-onnx")
+_GPT2: Final = [
+    Entrant(OWN, "benchmarks.engines.edge:load", _OWN_NEEDS, bundles.gpt2_bundle),
+    Entrant(
+        "ctranslate2",
+        "benchmarks.engines.ct2:load",
+        {"ctranslate2": "ctranslate2", **_TORCH},
+        functools.partial(_by_own_converter, "ctranslate2"),
+    ),
+    Entrant("optimum-onnx", "benchmarks.engines.optimum_ort:load", _OPTIMUM_NEEDS, _optimum),
+    Entrant("optimum-onnx generate()", "benchmarks.engines.optimum_ort:load_generate", _OPTIMUM_NEEDS, _optimum),
+    Entrant("transformers", "benchmarks.engines.hf:load", _TORCH, bundles.gpt2_checkpoint),
+    *_llama_cpp(_gpt2_gguf),
+]
+_SMOLLM2: Final = [
+    Entrant(
+        OWN,
+        "benchmarks.engines.edge:load",
+        {**_OWN_NEEDS, "gguf": "gguf"},
+        functools.partial(bundles.smollm2_bundle, context=CONTEXT),
+    ),
+    *_llama_cpp(_smollm2_gguf),
+]
