@@ -62,7 +62,9 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     ``np.zeros`` would ask the kernel for huge pages: a slot's heads lie ``max_seq_len * head_dim`` elements apart, so
     the first tokens of one sequence would make the whole slot resident.
     """
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    # Private, so that it counts as the process's own memory, which it is.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from edge_llm.bundle.manifest import TOKENIZER_FILE
 from edge_llm.bundle.prepare import prepared_graph
 from edge_llm.config import cache_dir
+from edge_llm.device.memory import trim_memory
 from edge_llm.device.providers import ProviderChoice, choose_provider
 from edge_llm.engine.engine import Engine
 from edge_llm.engine.prompt import PromptRenderer
@@ -126,6 +127,7 @@ def _load(bundle: Bundle, config: Config, provider: ProviderChoice, graph_path: 
     )
     engine = Engine(runner, manifest.prompt.stop_token_ids, config.engine.prefill_chunk)
     renderer = PromptRenderer(manifest.prompt, tokenizer)
+    trim_memory()
     return LoadedModel(bundle, engine, tokenizer, renderer, provider, prepared, time.monotonic() - started)
 
 

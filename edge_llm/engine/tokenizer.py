@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING
 
 import tokenizers
 
+from edge_llm.device.memory import trim_memory
 from edge_llm.errors import ManifestError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ManifestError(f"{path} is not a tokenizer: {error}") from None
-        _trim_memory()
+        trim_memory()
         return cls(backend)
 
     @property
@@ -54,9 +54,3 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
-
-def _trim_memory() -> None:
-    """Hand the parser's freed memory back to the system: about 14 MB for a vocabulary of 50,000 with glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
