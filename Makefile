@@ -56,7 +56,7 @@ $(VENV)/.dev-done: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 .PHONY: mosquitto
 mosquitto:
-	@command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || { \
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v mosquitto >/dev/null && command -v mosquitto_pub >/dev/null || { \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			apt-get update -qq && apt-get install -y -qq --no-install-recommends mosquitto mosquitto-clients >/dev/null; \
 		else echo "the tests need a broker: sudo apt-get install mosquitto mosquitto-clients"; exit 2; fi; }

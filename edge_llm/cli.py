@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--interactive", action="store_true", help="keep a prompt open instead of the six questions")
 
     bench = _command(commands, "bench", _bench, "measure load, memory, prefill and decode of a bundle")
-    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument(
+        "--rounds", type=int, default=5, choices=range(1, 101), metavar="N", help="1 to 100 (default: 5)"
+    )
     bench.add_argument("--json", action="store_true")
 
     doctor = _command(commands, "doctor", _doctor, "check machine, providers, bundle, broker; exit 1 if one fails")
@@ -116,6 +118,8 @@ def _assign(flags: dict[str, Any], assignment: str) -> None:
     table = flags
     for part in tables:
         table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {assignment}: {part} is a setting, not a table")
     try:
         table[name] = msgspec.toml.decode(f"value = {value}")["value"]
     except msgspec.DecodeError:

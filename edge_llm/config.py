@@ -76,7 +76,7 @@ class EngineConfig(_Strict, frozen=True):
     target: str = "cpu-int8"
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
     slots: Annotated[int, Meta(ge=1, le=64)] = 4
-    prefill_chunk: Annotated[int, Meta(ge=1, le=4096)] = 64
+    prefill_chunk: Annotated[int, Meta(ge=4, le=4096)] = 64
     prepare: bool = True
 
 
@@ -85,7 +85,7 @@ class ServingConfig(_Strict, frozen=True):
 
     max_queued: Annotated[int, Meta(ge=1, le=65535)] = 64
     max_queued_per_user: Count = 16
-    max_payload_bytes: Annotated[int, Meta(ge=256)] = 65_536
+    max_payload_bytes: Annotated[int, Meta(ge=256)] = 16_384
     max_tokens: Annotated[int, Meta(ge=1)] = 1024
     dedupe_window_s: Seconds = 600.0
     delta_interval_ms: Annotated[float, Meta(ge=0)] = 40.0

@@ -47,17 +47,17 @@ def serve(config: Config, bundle: Bundle) -> int:
     metrics = Metrics()
     gateway = Gateway(config, metrics)
     with _stop_signals() as stop:
-        gateway.set_state("loading", bundle=bundle.manifest.name)
-        gateway.start()
         try:
+            gateway.set_state("loading", bundle=bundle.manifest.name)
+            gateway.start()
             scheduler = _start_scheduler(config, bundle, gateway, metrics)
+            stop.arm()
         except _StopRequested:
             gateway.close(CLOSE_TIMEOUT_S)
             return 0
         except BaseException:
             gateway.close(CLOSE_TIMEOUT_S)
             raise
-        stop.arm()
         stop.wait()
     _log.info("stopping: finishing what was accepted")
     gateway.set_state("draining")

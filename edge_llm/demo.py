@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,8 @@ def demo(config: Config, bundle: Bundle, *, interactive: bool) -> int:
     Raises:
         EdgeLlmError: no broker can be started, or the daemon did not come online (its last log line is in the message).
     """
+    # The same way out as Ctrl-C, so that broker and daemon end with us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="edge-llm-demo-") as temporary:
         folder = Path(temporary)
         with local_broker(folder) as broker, _daemon(config, bundle, broker.port, folder) as daemon:
@@ -96,7 +99,10 @@ def _daemon(config: Config, bundle: Bundle, port: int, folder: Path) -> Iterator
         command += [f"--set=cache_dir={_toml(config.cache_dir)}"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_LLM_")}
     with (folder / "daemon.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ)
+        # In a session of its own: Ctrl-C in the terminal stops an answer, not the daemon.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
+        )
     try:
         yield process
     finally:

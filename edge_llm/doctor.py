@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-import socket
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from edge_llm.device.cpu import has_int8_dot_product, physical_cores
 from edge_llm.device.providers import choose_provider
 from edge_llm.engine.loading import load_model
 from edge_llm.errors import EdgeLlmError
+from edge_llm.mqtt.asking import Asker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,11 +90,8 @@ def _int8(config: Config) -> Check:
 
 def _broker(config: Config) -> str:
     mqtt = config.mqtt
-    try:
-        with socket.create_connection((mqtt.host, mqtt.port), timeout=BROKER_TIMEOUT_S):
-            return f"{mqtt.host}:{mqtt.port} accepts connections"
-    except OSError as error:
-        raise OSError(f"no broker at {mqtt.host}:{mqtt.port} ({error}): start mosquitto or set mqtt.host") from None
+    with contextlib.closing(Asker(mqtt, user="doctor").connect(BROKER_TIMEOUT_S)) as asker:
+        return f"{mqtt.host}:{mqtt.port} accepts us (MQTT {asker.protocol})"
 
 
 def _bundle(folder: str) -> str:

@@ -80,7 +80,12 @@ class LocalBroker:
         """Start it and wait until it accepts connections. Raises ``EdgeLlmError`` with its log if it does not."""
         with (self.folder / "broker.log").open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                start_new_session=True,  # Ctrl-C in the terminal is for whoever started it
             )
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while not self._accepts():

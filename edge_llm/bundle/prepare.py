@@ -10,6 +10,7 @@ ONNX Runtime session options used here: ``optimized_model_filepath`` and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -130,20 +131,26 @@ def _sync_folder(path: Path) -> None:
 
 
 def _remove_stale(keep: Path, name: str, target: str) -> None:
-    """Delete earlier copies of the same bundle and target, and what a killed build left behind."""
+    """Delete old copies of the same bundle and target but one, and what a killed build left behind.
+
+    The one is kept for going back to the previous bundle or onnxruntime.
+    """
+    others = []
     for folder in keep.parent.iterdir():
-        if folder == keep:
-            continue
-        if folder.name.startswith(".building-"):
-            if time.time() - folder.stat().st_mtime > BUILD_TIMEOUT_S:  # no build that old is still running
-                shutil.rmtree(folder, ignore_errors=True)
-            continue
-        try:
+        # Another daemon may be tidying up here, too.
+        with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            if folder == keep:
+                continue
+            made_at = folder.stat().st_mtime
+            if folder.name.startswith(".building-"):
+                if time.time() - made_at > BUILD_TIMEOUT_S:  # no build that old is still running
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
             seal = msgspec.json.decode((folder / SEAL_FILE).read_bytes(), type=_Seal)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-            continue
-        if (seal.name, seal.target) == (name, target):
-            shutil.rmtree(folder, ignore_errors=True)
+            if (seal.name, seal.target) == (name, target):
+                others.append((made_at, folder))
+    for _, folder in sorted(others)[:-1]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_copy(source: Path, folder: Path) -> None:

@@ -20,7 +20,8 @@ class GenerationState:
     """One sequence on its way through the engine.
 
     The cache row ``slot`` holds the first ``cached_len`` of ``prompt_ids + output_ids``. The newest output token is not
-    in the cache yet: the next decode step puts it there.
+    in the cache yet: the next decode step puts it there. ``fault`` is set when choosing a token raised; such a sequence
+    cannot go on.
     """
 
     prompt_ids: list[int]
@@ -31,6 +32,7 @@ class GenerationState:
     cached_len: int = 0
     output_ids: list[int] = field(default_factory=list)
     stopped: bool = False
+    fault: Exception | None = None
 
     @property
     def prefilled(self) -> bool:
@@ -115,7 +117,11 @@ class Engine:
             ).tolist()
             for row, state in enumerate(group):
                 state.cached_len += 1
-                state.accept(self._choose(state, next_ids[row], row))
+                try:
+                    state.accept(self._choose(state, next_ids[row], row))
+                except Exception as fault:
+                    # The others of the batch must not suffer for one's sampling.
+                    state.fault = fault
 
     def release(self, state: GenerationState) -> None:
         """Give the sequence's slot back."""
@@ -134,6 +140,8 @@ class Engine:
             while not state.finished:
                 yield state.output_ids[-1]
                 self.decode([state])
+                if state.fault is not None:
+                    raise state.fault
             # 3. The token that reached the limit is part of the answer; a stop token is not.
             if not state.stopped:
                 yield state.output_ids[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+
+# Colder than this, the most likely token has all the probability that a float can hold.
+GREEDY_BELOW: Final = 1e-3
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,14 +28,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
 
     @property
-    def deterministic(self) -> bool:
-        """The same prompt always gives the same tokens."""
-        return self.temperature == 0.0 or self.top_k == 1 or self.seed is not None
-
-    @property
     def plain_greedy(self) -> bool:
         """The graph's own arg max is the answer, so logits need not be looked at."""
-        return self.temperature == 0.0 and self.repetition_penalty == 1.0
+        return self.temperature < GREEDY_BELOW and self.repetition_penalty == 1.0
 
 
 class Sampler:
@@ -60,13 +59,13 @@ class Sampler:
         params = self.params
         if self._seen:
             logits = _penalize(logits, list(self._seen), params.repetition_penalty)
-        if params.temperature == 0.0 or params.top_k == 1:
+        if params.temperature < GREEDY_BELOW or params.top_k == 1:
             return int(logits.argmax())
         token_ids = np.arange(logits.size)
         if 0 < params.top_k < logits.size:
             token_ids = np.argpartition(logits, -params.top_k)[-params.top_k :]
             logits = logits[token_ids]
-        probabilities = _softmax(logits / params.temperature)
+        probabilities = _softmax(logits, params.temperature)
         if params.min_p > 0.0:
             # Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling": keep p >= min_p * p_max.
             kept = probabilities >= params.min_p * probabilities.max()
@@ -90,7 +89,8 @@ def _penalize(logits: NDArray[np.float32], seen: list[int], penalty: float) -> N
     return penalized
 
 
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted: NDArray[np.float64] = np.exp(logits.astype(np.float64) - float(logits.max()))
+def _softmax(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    # The largest exponent is 0, so that no temperature overflows.
+    shifted: NDArray[np.float64] = np.exp((logits.astype(np.float64) - float(logits.max())) / temperature)
     shifted /= shifted.sum()
     return shifted

@@ -53,4 +53,3 @@ class Tokenizer:
         """Id of a token by its exact string, or None."""
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
-

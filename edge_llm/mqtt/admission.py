@@ -52,7 +52,6 @@ class Admitted:
             max_tokens=query.max_tokens,
             stop=query.stop,
             session=query.session,
-            stream=query.stream,
             deadline_at=self.deadline_at,
             priority=query.priority,
         )

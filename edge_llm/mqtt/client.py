@@ -36,6 +36,7 @@ from edge_llm.mqtt.connection import (
     subscribe,
     to_incoming,
 )
+from edge_llm.mqtt.in_flight import MAX_HANG_UPS, InFlight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +91,7 @@ class MqttLink:
         self._protocol: Protocol = "3.1.1" if config.protocol == "3.1.1" else "5"
         self._protocol_accepted = config.protocol != "auto"
         self._waiting: deque[tuple[float, Outgoing]] = deque()
-        self._unacknowledged: dict[int, Outgoing] = {}
+        self._in_flight = InFlight()
         self._acks = AckQueue()
         self._window = _WINDOW
         self._broker_max_packet_bytes: int | None = None
@@ -154,7 +155,7 @@ class MqttLink:
         if self._thread.is_alive():
             # A connection attempt in progress ends by its own timeout; the thread is a daemon, so it can be left.
             self._thread.join(timeout_s + 1.0)
-        if unsent := len(self._waiting) + len(self._unacknowledged):
+        if unsent := len(self._waiting) + len(self._in_flight):
             log.warning("closed the connection with %d messages that the broker has not acknowledged", unsent)
 
     # -- for the link's thread ----------------------------------------------------------------------------------------
@@ -178,8 +179,11 @@ class MqttLink:
                 self._metrics.count("internal_errors")
                 log.exception("the MQTT link failed and starts over")
                 self._change_protocol(self._protocol)
+            lasted_s = time.monotonic() - started_at
+            if self._connack_seen and not self._closing.is_set():
+                self._give_up_after(lasted_s)
             # A connection that stood for a while was a good one; one that did not must not be hammered.
-            if self._connack_seen and time.monotonic() - started_at > self._config.reconnect_max_s:
+            if self._connack_seen and lasted_s > self._config.reconnect_max_s:
                 attempt = 0
             self._closing.wait(_backoff_s(attempt, self._config))
             attempt += 1
@@ -253,7 +257,7 @@ class MqttLink:
             client.loop_write()
         while self._waiting and self.connected and not client.want_write():
             queued_at, message = self._waiting[0]
-            if message.qos and len(self._unacknowledged) >= self._window:
+            if message.qos and len(self._in_flight) >= self._window:
                 return
             self._waiting.popleft()
             if self._broker_max_packet_bytes is not None and packet_bytes(message) > self._broker_max_packet_bytes:
@@ -268,14 +272,14 @@ class MqttLink:
                 continue
             self._metrics.observe("publish_lag_ms", (time.monotonic() - queued_at) * 1000)
             if message.qos:
-                self._unacknowledged[info.mid] = message
+                self._in_flight.add(info.mid, message)
             elif message.on_done is not None:
                 self._guard(message.on_done, info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS)
 
     def _finished_closing(self, client: Client) -> bool:
         if not self._closing.is_set():
             return False
-        if self.connected and (self._waiting or self._unacknowledged) and time.monotonic() < self._close_by:
+        if self.connected and (self._waiting or self._in_flight) and time.monotonic() < self._close_by:
             return False
         client.disconnect()
         client.loop_write()
@@ -335,7 +339,7 @@ class MqttLink:
 
     def _handle_publish(self, _client: Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         # paho calls this for a QoS 0 message too, when it is written, and its id may equal one in flight.
-        message = self._unacknowledged.pop(mid, None) if self._reading else None
+        message = self._in_flight.take(mid) if self._reading else None
         if message is None:
             return
         if reason.is_failure:
@@ -370,10 +374,17 @@ class MqttLink:
         """Start over with another client; what the old one had in flight is sent again."""
         self._protocol = protocol
         self._client = None
-        unacknowledged = list(self._unacknowledged.values())
-        self._unacknowledged.clear()
         now = time.monotonic()
-        self._waiting.extendleft((now, message) for message in reversed(unacknowledged))
+        self._waiting.extendleft((now, message) for message in reversed(self._in_flight.take_all()))
+
+    def _give_up_after(self, lasted_s: float) -> None:
+        """Lose the messages that the broker has hung up on too often."""
+        given_up = self._in_flight.after_connection(lasted_s)
+        for message in given_up:
+            self._lose(message, f"the broker hung up on it {MAX_HANG_UPS} times")
+        if given_up:
+            # paho would send them again; a fresh client does not know them.
+            self._change_protocol(self._protocol)
 
     def _lose(self, message: Outgoing, why: str) -> None:
         self._metrics.count("publishes_lost")

@@ -6,7 +6,6 @@ on_message ─► decode ─► address ─► parse ─► seen before? ─► 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -76,13 +75,20 @@ class Gateway:
         self._status = encode_status(self._node, "loading", {})
         self._info: bytes | None = None
         self._held: dict[Key, Admitted] = {}
+        self._retained_pending: dict[str, bytes] = {}
         self._unroutable_logged_at = -_UNROUTABLE_LOG_INTERVAL_S
         self._stopped = threading.Event()
         self._reporter = threading.Thread(target=self._report_metrics, name="metrics", daemon=True)
         session = Session(
             client_id=config.mqtt.client_id or f"edge_llm-{self._node}",
             subscriptions=self.topics.subscriptions(),
-            will=self._retained(self.topics.status, encode_status(self._node, "offline", {})),
+            will=Outgoing(
+                self.topics.status,
+                encode_status(self._node, "offline", {}),
+                qos=1,
+                retain=True,
+                content_type=CONTENT_TYPE,
+            ),
             expiry_s=config.mqtt.session_expiry_s,
             receive_maximum=config.serving.max_queued,
             max_packet_bytes=max(_MIN_PACKET_BYTES, 4 * config.serving.max_payload_bytes),
@@ -118,19 +124,19 @@ class Gateway:
             self._state = state
             self._status = encode_status(self._node, state, detail)
             if self.link.connected:
-                self.link.publish(self._retained(self.topics.status, self._status))
-            released = list(self._held.values()) if state == "online" else []
+                self._publish_retained(self.topics.status, self._status)
             if state == "online":
+                # Under the lock: a cancel finds each of them either here or with the scheduler.
+                for admitted in self._held.values():
+                    self._submit(admitted)
                 self._held.clear()
-        for admitted in released:
-            self._submit(admitted)
 
     def publish_info(self, info: dict[str, Any]) -> None:
         """Publish what this node serves, retained, now and on every connection."""
         with self._lock:
             self._info = msgspec.json.encode({**info, "v": 1, "node": self._node})
             if self.link.connected:
-                self.link.publish(self._retained(self.topics.info, self._info))
+                self._publish_retained(self.topics.info, self._info)
 
     def close(self, timeout_s: float) -> None:
         """Publish that we are offline, wait at most ``timeout_s`` for the broker to take what is owed, disconnect.
@@ -146,9 +152,9 @@ class Gateway:
     def _on_connected(self) -> None:
         with self._lock:
             # The will may have replaced the status while we were away.
-            self.link.publish(self._retained(self.topics.status, self._status))
+            self._publish_retained(self.topics.status, self._status)
             if self._info is not None:
-                self.link.publish(self._retained(self.topics.info, self._info))
+                self._publish_retained(self.topics.info, self._info)
 
     def _on_message(self, incoming: Incoming) -> None:
         if self._state == "offline":
@@ -357,12 +363,22 @@ class Gateway:
 
     # -- publications of the node itself ------------------------------------------------------------------------------
 
-    @staticmethod
-    def _retained(topic: str, payload: bytes) -> Outgoing:
-        return Outgoing(topic, payload, qos=1, retain=True, content_type=CONTENT_TYPE)
+    def _publish_retained(self, topic: str, payload: bytes) -> None:
+        """Publish, unless the very same is still on its way: the link sends that again after a reconnection."""
+        if self._retained_pending.get(topic) == payload:
+            return
+        self._retained_pending[topic] = payload
+
+        def done(_delivered: bool) -> None:
+            if self._retained_pending.get(topic) == payload:
+                del self._retained_pending[topic]
+
+        self.link.publish(Outgoing(topic, payload, qos=1, retain=True, content_type=CONTENT_TYPE, on_done=done))
 
     def _report_metrics(self) -> None:
         while not self._stopped.wait(self._config.serving.metrics_interval_s):
-            with contextlib.suppress(msgspec.MsgspecError):
+            try:
                 payload = msgspec.json.encode({"v": 1, "node": self._node, **self._metrics.snapshot()})
                 self.link.publish(Outgoing(self.topics.metrics, payload, content_type=CONTENT_TYPE))
+            except Exception:  # a gauge that fails once must not end the reports
+                log.exception("the metrics could not be published")

@@ -175,8 +175,16 @@ class Reply:
         for address in addresses:
             self._publish_terminal(address, payload)
 
-    def _publish_terminal(self, address: Address, payload: bytes) -> None:
-        def confirmed(_delivered: bool) -> None:
+    def _fallback(self, size_bytes: int) -> bytes:
+        error = RequestError(500, f"the broker did not take the answer of {size_bytes} bytes: lower max_tokens")
+        return encode_error(self._id, self._settings.node, self._seq, error)
+
+    def _publish_terminal(self, address: Address, payload: bytes, *, is_fallback: bool = False) -> None:
+        def confirmed(delivered: bool) -> None:
+            if not delivered and not is_fallback:
+                # The broker takes no message like this one: too large for it, mostly. A short one says so instead.
+                self._publish_terminal(address, self._fallback(len(payload)), is_fallback=True)
+                return
             # A query whose answer the broker will never take is acknowledged too: again would be no better.
             with self._lock:
                 deliveries = self._waiting.pop(address, [])

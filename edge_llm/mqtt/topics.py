@@ -15,8 +15,9 @@ from edge_llm.errors import ConfigError
 ROOT: Final = "edge_llm/v1"
 MAX_TOPIC_LENGTH: Final = 512
 _NAME: Final = re.compile(NAME_PATTERN.removeprefix("^").removesuffix("$"))
-# MQTT forbids wildcards and NUL in a topic that is published to; other control characters only serve mischief.
-_UNUSABLE_IN_TOPIC: Final = re.compile(r"[+#\x00-\x1f\x7f]")
+# MQTT forbids wildcards and NUL in a topic that is published to, and brokers hang up on other characters that the
+# standard merely discourages (mosquitto: control characters and non-characters); so printable ASCII it is.
+_UNUSABLE_IN_TOPIC: Final = re.compile(r"[^\x20-\x7e]|[+#]")
 
 Kind = Literal["query", "partial", "cancel", "feedback"]
 _KINDS: Final[dict[str, Kind]] = {

@@ -92,7 +92,6 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     session: str | None = None
-    stream: bool = True
     deadline_at: float | None = None
     priority: Priority = "interactive"
 

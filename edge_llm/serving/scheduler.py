@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+IDLE_TICK_S = 1.0
+
 
 class Scheduler:
     """Owns the engine and the thread that runs it. ``submit``, ``cancel`` and ``drain`` may be called from any thread.
@@ -53,7 +55,7 @@ class Scheduler:
         self._engine = engine
         self._tokenizer = tokenizer
         self._renderer = renderer
-        self._default_max_tokens = defaults.max_tokens
+        self._default_max_tokens = min(defaults.max_tokens, config.max_tokens)
         self._sessions = SessionStore(
             renderer,
             # Half of the context for what was said before leaves the other half for the question and the answer.
@@ -68,7 +70,6 @@ class Scheduler:
         self._draining = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.ticks = 0
 
     # --- from any thread -------------------------------------------------------------------------------------------
 
@@ -128,13 +129,17 @@ class Scheduler:
         while True:
             with self._changed:
                 while not (self._queue or self._active or self._stopping):
-                    self._changed.wait(timeout=1.0)
-                    self.ticks += 1
+                    self._changed.wait(timeout=IDLE_TICK_S)
+                    self._sessions.expire(time.monotonic())
                 if self._stopping:
                     self._cancelled |= {request.key for request in self._queue}
                     self._cancelled |= {active.request.key for active in self._active}
-            self._step()
-            self.ticks += 1
+            try:
+                self._step()
+            except Exception:
+                # Nothing below should raise; if it does, its victims are told and the thread lives on.
+                _log.exception("a fault in the scheduler")
+                self._fail_all()
             with self._changed:
                 if not self._queue and not self._active:
                     self._changed.notify_all()  # drain waits for this
@@ -183,8 +188,8 @@ class Scheduler:
             except RequestError as error:
                 self._drop(active)
                 refuse(request, error)
-            except Exception:
-                self._fail(active)
+            except Exception as fault:
+                self._fail(active, fault)
 
     def _eligible(self, request: Request) -> bool:
         # Turns of one session follow each other: the next prompt holds this answer.
@@ -218,8 +223,8 @@ class Scheduler:
             return
         try:
             self._engine.prefill(active.state)
-        except Exception:
-            self._fail(active)
+        except Exception as fault:
+            self._fail(active, fault)
             return
         if active.prefilled:
             active.first_token_at = time.monotonic()
@@ -232,17 +237,21 @@ class Scheduler:
             return
         try:
             self._engine.decode([active.state for active in batch if active.state is not None])
-        except Exception:
+        except Exception as fault:
             for active in batch:
-                self._fail(active)
+                self._fail(active, fault)
             return
         for active in batch:
             self._advance(active)
 
     def _advance(self, active: ActiveRequest) -> None:
         """Deliver what is new, and end the request if its answer is complete."""
-        active.take_new_tokens()
         assert active.state is not None
+        if active.state.fault is not None:
+            # Its sampling failed: that is this request's trouble alone.
+            self._fail(active, active.state.fault)
+            return
+        active.take_new_tokens()
         if active.text.stopped or active.state.stopped:
             self._end(active, "stop")
         elif active.state.finished:
@@ -258,14 +267,27 @@ class Scheduler:
         self._drop(active)
         deliver(request, final)
 
-    def _fail(self, active: ActiveRequest) -> None:
-        _log.exception("a fault in the engine", extra={"user": active.request.user, "id": active.request.id})
+    def _fail(self, active: ActiveRequest, fault: Exception) -> None:
+        extra = {"user": active.request.user, "id": active.request.id}
+        _log.error("a fault in the engine", exc_info=fault, extra=extra)
         self._drop(active)
         refuse(active.request, RequestError(500, "a fault in the daemon; it is in the device's log"))
+
+    def _fail_all(self) -> None:
+        error = RequestError(500, "a fault in the daemon; it is in the device's log")
+        with self._changed:
+            waiting = self._queue.remove_where(lambda _request: True)
+        for active in list(self._active):
+            self._drop(active)
+            refuse(active.request, error)
+        for request in waiting:
+            refuse(request, error)
 
     def _drop(self, active: ActiveRequest) -> None:
         with self._changed:
             self._active.remove(active)
+            # A cancel that came too late must not meet a later request of the same id.
+            self._cancelled.discard(active.request.key)
         if active.state is not None:
             self._engine.release(active.state)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from edge_llm.engine.prompt import PromptRenderer
 
 
+@dataclass(frozen=True)
+class _Turn:
+    question: Message
+    answer: Message
+    token_count: int
+
+
 @dataclass
 class _Session:
-    turns: list[tuple[Message, Message]] = field(default_factory=list)  # (user, assistant)
+    turns: list[_Turn] = field(default_factory=list)
     used_at: float = 0.0
 
 
@@ -28,7 +35,7 @@ class SessionStore:
         renderer: renders a conversation, to count its tokens.
         max_tokens: the most tokens that a session's rendered turns may have.
         idle_s: a session unused for this long is forgotten.
-        max_sessions: bound on sessions; the one unused for longest goes first.
+        max_sessions: bound on sessions; of the user who has the most, the one unused for longest goes first.
     """
 
     def __init__(self, renderer: PromptRenderer, *, max_tokens: int, idle_s: float, max_sessions: int) -> None:
@@ -36,6 +43,7 @@ class SessionStore:
         self._max_tokens = max_tokens
         self._idle_s = idle_s
         self._max_sessions = max_sessions
+        self._empty_count = len(renderer.encode([]))  # what every prompt has: prefix, default system, generation prompt
         self._sessions: OrderedDict[tuple[str, str], _Session] = OrderedDict()
 
     def __len__(self) -> int:
@@ -52,24 +60,36 @@ class SessionStore:
         self.expire(now)
         session = self._sessions.get((user, name))
         turns = session.turns if session else []
-        # Dropping is decided again for every query, since a smaller max_tokens leaves room for more turns.
-        for first_turn in range(len(turns) + 1):
-            history = [message for turn in turns[first_turn:] for message in turn]
-            token_ids = self._renderer.encode([*history, *new])
-            if len(token_ids) <= room:
-                return token_ids
-        raise too_long(len(token_ids), room)
+        token_ids = self._renderer.encode(new)
+        if len(token_ids) > room:
+            raise too_long(len(token_ids), room)
+        # Counts of single turns tell where to begin; only then is a whole conversation rendered. They add up exactly
+        # where special tokens separate the turns, and nearly so elsewhere, hence the loop.
+        first_turn = _first_fitting([turn.token_count for turn in turns], room - len(token_ids))
+        while first_turn < len(turns):
+            history = [message for turn in turns[first_turn:] for message in (turn.question, turn.answer)]
+            candidate = self._renderer.encode([*history, *new])
+            if len(candidate) <= room:
+                return candidate
+            first_turn += 1
+        return token_ids
 
     def add_turn(self, user: str, name: str, question: Message, answer: Message, now: float) -> None:
         """Remember a turn; the oldest ones are dropped beyond ``max_tokens``."""
         session = self._sessions.setdefault((user, name), _Session())
-        session.turns.append((question, answer))
+        session.turns.append(_Turn(question, answer, self._count_turn(question, answer)))
         session.used_at = now
         self._sessions.move_to_end((user, name))
-        while session.turns and self._token_count(session) > self._max_tokens:
-            del session.turns[0]
+        del session.turns[: _first_fitting([turn.token_count for turn in session.turns], self._max_tokens)]
         while len(self._sessions) > self._max_sessions:
-            self._sessions.popitem(last=False)
+            self._evict()
+
+    def _evict(self) -> None:
+        """Forget the oldest session of the user who has the most, so that nobody pushes out the others."""
+        counts = Counter(user for user, _ in self._sessions)
+        largest = max(counts.values())
+        key = next(key for key in self._sessions if counts[key[0]] == largest)
+        del self._sessions[key]
 
     def expire(self, now: float) -> None:
         """Forget sessions that have been idle too long."""
@@ -79,8 +99,19 @@ class SessionStore:
                 return
             del self._sessions[key]
 
-    def _token_count(self, session: _Session) -> int:
-        return len(self._renderer.encode([message for turn in session.turns for message in turn]))
+    def _count_turn(self, question: Message, answer: Message) -> int:
+        """Tokens that a turn adds to a prompt."""
+        return len(self._renderer.encode([question, answer])) - self._empty_count
+
+
+def _first_fitting(counts: Sequence[int], room: int) -> int:
+    """The first of the turns from which on all fit into ``room`` tokens."""
+    total = 0
+    for index in range(len(counts) - 1, -1, -1):
+        total += counts[index]
+        if total > room:
+            return index + 1
+    return 0
 
 
 def too_long(prompt_tokens: int, room: int) -> RequestError:

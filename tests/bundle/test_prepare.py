@@ -77,7 +77,21 @@ def test_a_stale_copy_is_replaced(bundle, tmp_path, builds, monkeypatch, change)
     new = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
     assert new.parent != old.parent
     assert len(builds) == 2
-    assert not old.exists()
+
+
+def test_one_earlier_copy_is_kept_to_go_back_to(bundle, tmp_path):
+    copies = [
+        prepared_graph(Bundle(bundle.path, bundle.manifest, digit * 64), "cpu-int8", tmp_path / "cache")
+        for digit in "123"
+    ]
+    assert [copy.exists() for copy in copies] == [False, True, True]
+
+
+def test_a_folder_that_vanishes_meanwhile_does_not_matter(bundle, tmp_path):
+    prepared = tmp_path / "cache" / "prepared"
+    prepared.mkdir(parents=True)
+    (prepared / ".building-gone").symlink_to(tmp_path / "nowhere")  # its stat() fails
+    assert prepared_graph(bundle, "cpu-int8", tmp_path / "cache").exists()
 
 
 def test_copies_of_other_bundles_and_targets_stay(bundle, tmp_path):

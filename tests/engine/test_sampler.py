@@ -71,6 +71,13 @@ def test_negative_logits_are_pushed_down_not_up():
     assert Sampler(SamplingParams(repetition_penalty=2.0), [0]).sample(logits) == 1
 
 
+def test_the_coldest_temperature_is_greedy_and_nothing_overflows():
+    logits = np.array([80.0, -80.0, 79.0], np.float32)
+    for temperature in (5e-324, 2.88e-38, 1e-4, 0.01):
+        params = SamplingParams(temperature=temperature, min_p=0.5, top_p=0.9, seed=0)
+        assert Sampler(params, []).sample(logits) == 0
+
+
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
     st.floats(0.01, 5),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections import Counter
 
+import paho.mqtt.client as mqtt
 import pytest
 
 from edge_llm.bundle.manifest import Bundle
@@ -54,33 +56,64 @@ def test_the_demo_path_over_iotcore(iotcore, start_daemon, connect, expected):
     assert connect(iotcore.port).ask("hello")["text"] == expected("hello")
 
 
-def test_fifty_queries_of_ten_users_get_one_terminal_event_each(mosquitto, start_daemon, connect, expected):
+class TerminalEvents:
+    """Counts every terminal event on the wire, whoever waits for it."""
+
+    def __init__(self, port: int) -> None:
+        self.by_query: Counter[tuple[str, str]] = Counter()
+        subscribed = threading.Event()
+        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        self._client.on_message = self._count
+        self._client.on_subscribe = lambda *_: subscribed.set()
+        self._client.connect("127.0.0.1", port)
+        self._client.subscribe("edge_llm/v1/+/reply/#", qos=1)
+        self._client.loop_start()
+        assert subscribed.wait(WAIT_S)
+
+    def _count(self, _client, _data, message) -> None:
+        event = json.loads(message.payload)
+        if event["type"] != "delta":
+            self.by_query[message.topic.split("/")[4], event["id"]] += 1
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+@pytest.fixture
+def terminal_events(mosquitto):
+    events = TerminalEvents(mosquitto.port)
+    yield events
+    events.close()
+
+
+def test_fifty_queries_of_ten_users_get_one_terminal_event_each(
+    mosquitto, terminal_events, start_daemon, connect, expected
+):
     start_daemon(mosquitto.port, "serving.max_queued_per_user=8")
     askers = [connect(mosquitto.port, user=f"user{number}") for number in range(10)]
     texts = {(user, number): f"question {number} of {user}" for user in range(10) for number in range(5)}
-    answers: dict[tuple[int, int], list[dict]] = {key: [] for key in texts}
     sent = {key: askers[key[0]].send(text, id=f"q{key[1]}", max_tokens=24) for key, text in texts.items()}
-    cancelled = {(2, 4), (7, 4), (9, 3)}
+    cancelled = {(2, 4), (7, 4), (9, 3), (9, 4)}
     for key in cancelled:
         askers[key[0]].cancel(sent[key])
-
-    def collect(user: int) -> None:
-        for number in range(5):
-            answers[user, number] += list(askers[user].events(sent[user, number], timeout_s=WAIT_S))
-
-    threads = [threading.Thread(target=collect, args=(user,)) for user in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S * 2)
-    for key, events in answers.items():
-        assert [event["type"] for event in events].count("final") == 1
+    ended_by: Counter[str] = Counter()
+    for key, query_id in sent.items():
+        events = list(askers[key[0]].events(query_id, timeout_s=WAIT_S))
         assert [event["seq"] for event in events] == list(range(len(events)))
         final = events[-1]
+        ended_by[final["finish_reason"]] += 1
         if final["finish_reason"] == "cancelled":
             assert key in cancelled
         else:
             assert final["text"] == expected(texts[key], max_tokens=24)
+    assert 0 < ended_by["cancelled"] <= len(cancelled)
+    # Whatever the daemon sent before this answer has been seen when the answer is.
+    askers[0].ask("the last one", id="barrier")
+    wait_for(lambda: ("user0", "barrier") in terminal_events.by_query, WAIT_S)
+    assert terminal_events.by_query == Counter(
+        [("user0", "barrier"), *((f"user{user}", f"q{number}") for user, number in texts)]
+    )
 
 
 def test_a_session_goes_on(mosquitto, start_daemon, connect, expected):
@@ -93,8 +126,6 @@ def test_a_session_goes_on(mosquitto, start_daemon, connect, expected):
 
 
 def test_info_status_and_metrics(mosquitto, start_daemon, connect):
-    import paho.mqtt.client as mqtt
-
     start_daemon(mosquitto.port, "serving.metrics_interval_s=0.2")
     connect(mosquitto.port).ask("hello")
     seen: dict[str, dict] = {}
@@ -157,11 +188,24 @@ def test_sigterm_out_of_time_ends_with_the_text_so_far(mosquitto, start_daemon, 
     assert final["text"]
 
 
-def test_sigterm_while_loading_stops_at_once(mosquitto, start_daemon, slow_bundle):
+def test_sigterm_while_preparing_stops_at_once_and_leaves_no_half_copy(mosquitto, start_daemon, slow_bundle, tmp_path):
     daemon = start_daemon(mosquitto.port, bundle=slow_bundle)
-    wait_for(lambda: "connected to the broker" in daemon.log(), WAIT_S)
+    wait_for(lambda: list(tmp_path.glob("cache/prepared/.building-*")), WAIT_S)
     assert daemon.stop() == 0
+    assert '"online"' not in daemon.log()
     assert "Traceback" not in daemon.log()
+    assert not list(tmp_path.glob("cache/prepared/*"))
+
+
+def test_errors_of_a_busy_daemon(mosquitto, start_daemon, connect, slow_bundle):
+    start_daemon(mosquitto.port, "engine.slots=1", "serving.max_queued_per_user=1", bundle=slow_bundle)
+    asker = connect(mosquitto.port)
+    running = asker.send("go on", max_tokens=1500)
+    assert next(asker.events(running, timeout_s=WAIT_S))["type"] == "delta"
+    waiting = asker.send("me too", max_tokens=5, deadline_ms=50)
+    refused = asker.send("and me", max_tokens=5)
+    assert next(asker.events(refused, timeout_s=WAIT_S))["code"] == 429
+    assert next(asker.events(waiting, timeout_s=WAIT_S))["code"] == 408
 
 
 def test_a_broker_killed_during_an_answer_gets_it_when_it_is_back(mosquitto, start_daemon, connect, slow_bundle):

@@ -15,7 +15,7 @@ from edge_llm.config import MqttConfig
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.client import MqttLink
 from edge_llm.mqtt.connection import Outgoing, Session
-from tests.brokers import Mosquitto, free_port, wait_for
+from tests.brokers import Mosquitto, free_port
 from tests.mqtt.fakes import WAIT_S, RunningGateway, Wire
 
 CONNACK, SUBACK = b"\x20\x02\x00\x00", b"\x90\x03\x00\x01\x01"
@@ -132,7 +132,7 @@ def test_a_refused_subscription_is_said():
     assert "refused the subscription to t: Not authorized" in link.trouble
 
 
-def test_an_answer_larger_than_the_broker_takes_is_given_up(tmp_path):
+def test_an_answer_larger_than_the_broker_takes_becomes_an_error(tmp_path):
     broker = Mosquitto(tmp_path, "max_packet_size 2000")
     broker.start()
     try:
@@ -140,10 +140,29 @@ def test_an_answer_larger_than_the_broker_takes_is_given_up(tmp_path):
             wire.ask({"id": "big", "text": "wait"})
             running.scheduler.next()
             running.scheduler.finish("ann", "big", "x" * 3000)
-            wait_for(lambda: running.metrics.counter("publishes_lost") == 1, WAIT_S)
+            event = wire.terminal()
+            assert (event["id"], event["code"]) == ("big", 500)
+            assert "lower max_tokens" in event["message"]
             wire.ask({"id": "small", "text": "say hi"})
             assert wire.terminal()["id"] == "small"
             assert running.metrics.counter("connections") == 1
+    finally:
+        broker.stop()
+
+
+def test_an_answer_that_a_silent_broker_hangs_up_on_becomes_an_error(tmp_path):
+    # A 3.1.1 broker does not say what is too large for it.
+    broker = Mosquitto(tmp_path, "max_packet_size 2000")
+    broker.start()
+    try:
+        with RunningGateway(broker.port, protocol="3.1.1") as running, Wire(broker.port, "3.1.1") as wire:
+            wire.ask({"id": "big", "text": "wait"})
+            running.scheduler.next()
+            running.scheduler.finish("ann", "big", "x" * 3000)
+            event = wire.terminal()
+            assert (event["id"], event["code"]) == ("big", 500)
+            wire.ask({"id": "small", "text": "say hi"})
+            assert wire.terminal()["id"] == "small"
     finally:
         broker.stop()
 

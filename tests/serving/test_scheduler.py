@@ -276,6 +276,52 @@ def test_a_fault_in_a_run_is_500_and_the_next_query_works(make_scheduler):
     assert ask(scheduler, name="next", max_tokens=4).wait().text == expected("hello", 4)
 
 
+def test_a_fault_in_ones_sampling_costs_nobody_else(make_scheduler):
+    runner = FakeRunner(slots=2)
+    runner.gate.clear()
+    scheduler = make_scheduler(runner)
+
+    def broken_logits(row):
+        raise IndexError("sampling")
+
+    runner.logits = broken_logits
+    good = ask(scheduler, name="good", max_tokens=10)
+    bad = ask(scheduler, name="bad", max_tokens=10, sampling=SamplingParams(temperature=1.0))
+    runner.gate.set()
+    assert bad.wait().error.code == 500
+    assert good.wait().text == expected("hello", 10)
+
+
+def test_a_cancel_that_came_too_late_does_not_meet_a_later_query(make_scheduler):
+    runner = FakeRunner(slots=1)
+    scheduler = make_scheduler(runner)
+    runner.gate.clear()
+    runner.fail_next = MemoryError("no")
+    first = ask(scheduler)
+    assert runner.entered.wait(TIMEOUT_S)
+    assert scheduler.cancel("u", "q")
+    runner.gate.set()
+    assert first.wait().error.code == 500
+    assert ask(scheduler, max_tokens=3).wait().finish_reason == "length"
+
+
+def test_a_fault_of_the_scheduler_itself_is_500_for_all_and_it_lives_on(make_scheduler, monkeypatch):
+    scheduler = make_scheduler()
+    original = scheduler._admit
+
+    def broken():
+        monkeypatch.setattr(scheduler, "_admit", original)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(scheduler, "_admit", broken)
+    assert ask(scheduler).wait().error.code == 500
+    assert ask(scheduler, max_tokens=3).wait().finish_reason == "length"
+
+
+def test_the_limit_on_max_tokens_holds_for_the_default_too(make_scheduler):
+    assert ask(make_scheduler(max_tokens=5)).wait().usage.completion_tokens == 5
+
+
 def test_a_client_callback_that_raises_does_not_stop_the_engine(make_scheduler):
     scheduler = make_scheduler()
 

@@ -70,6 +70,34 @@ def test_an_idle_session_is_forgotten():
     assert sessions.prompt("u", "s", [USER("hi")], 500, now=10) == RENDERER.encode([USER("hi")])
 
 
+def test_a_long_text_is_refused_without_rendering_the_history():
+    rendered = []
+
+    class Counting:
+        def encode(self, messages):
+            rendered.append(len(messages))
+            return RENDERER.encode(messages)
+
+    sessions = SessionStore(Counting(), max_tokens=10_000, idle_s=60, max_sessions=10)
+    for number in range(50):
+        sessions.add_turn("u", "s", USER(f"q{number}"), BOT("a"), now=0)
+    rendered.clear()
+    with pytest.raises(RequestError, match="shorten the text"):
+        sessions.prompt("u", "s", [USER("x" * 5000)], 500, now=0)
+    assert rendered == [1]
+    sessions.prompt("u", "s", [USER("x" * 300)], 500, now=0)
+    assert len(rendered) <= 3
+
+
+def test_one_user_cannot_push_out_anothers_sessions():
+    sessions = store(max_sessions=4)
+    sessions.add_turn("quiet", "s", USER("q"), BOT("a"), now=0)
+    for number in range(20):
+        sessions.add_turn("loud", f"s{number}", USER("q"), BOT("a"), now=1)
+    assert len(sessions) == 4
+    assert len(sessions.prompt("quiet", "s", [USER("q")], 500, now=2)) > len(RENDERER.encode([USER("q")]))
+
+
 def test_the_number_of_sessions_is_bounded_and_use_keeps_one():
     sessions = store(max_sessions=2)
     for name in ("a", "b"):
