@@ -10,6 +10,8 @@
     ├── EngineError
     │   ├── ContextOverflowError  more tokens than the context holds
     │   └── NoFreeSlotError       every KV-cache slot is taken
+    ├── AskError                  a question could not be asked, or was not answered (mqtt/asking.py)
+    ├── ExportError               a checkpoint cannot become a bundle (export/errors.py)
     └── RequestError              one client's request is answered with a wire error (docs/contract.md)
 
 Outside input never raises anything else; ``assert`` states only what the code itself guarantees.

@@ -10,11 +10,9 @@ acknowledgement cannot land on another connection than its message's.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import select
-import socket
 import threading
 import time
 from collections import deque
@@ -37,6 +35,7 @@ from edge_llm.mqtt.connection import (
     to_incoming,
 )
 from edge_llm.mqtt.in_flight import MAX_HANG_UPS, InFlight
+from edge_llm.mqtt.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,10 +101,7 @@ class MqttLink:
         self._connected = threading.Event()
         self._closing = threading.Event()
         self._close_by = 0.0
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self._wake_sent = False
+        self._wakeup = Wakeup()
         self._trouble: str | None = None
         self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
 
@@ -144,14 +140,14 @@ class MqttLink:
         if message.qos == 0 and (not self.connected or len(self._waiting) >= self._config.max_outgoing):
             return False
         self._waiting.append((time.monotonic(), message))
-        self._wake()
+        self._wakeup.wake()
         return True
 
     def close(self, timeout_s: float) -> None:
         """Send what waits, for at most ``timeout_s``, and disconnect. The broker keeps the session, if it should."""
         self._close_by = time.monotonic() + timeout_s
         self._closing.set()
-        self._wake()
+        self._wakeup.wake()
         if self._thread.is_alive():
             # A connection attempt in progress ends by its own timeout; the thread is a daemon, so it can be left.
             self._thread.join(timeout_s + 1.0)
@@ -187,8 +183,7 @@ class MqttLink:
                 attempt = 0
             self._closing.wait(_backoff_s(attempt, self._config))
             attempt += 1
-        self._wake_reader.close()
-        self._wake_writer.close()
+        self._wakeup.close()
 
     def _connect_and_serve(self) -> None:
         self._connack_seen = False
@@ -228,7 +223,7 @@ class MqttLink:
         """Read and write until the connection ends."""
         sock: Any = client.socket()
         poller = select.poll()
-        poller.register(self._wake_reader, select.POLLIN)
+        poller.register(self._wakeup, select.POLLIN)
         if sock is not None:
             poller.register(sock, select.POLLIN)
         # Often enough to notice a missing PINGRESP; nothing else needs a tick.
@@ -241,8 +236,8 @@ class MqttLink:
             # TLS may hold decrypted bytes that poll cannot see.
             buffered = hasattr(sock, "pending") and sock.pending() > 0
             ready = dict(poller.poll(0 if buffered else 50 if self._closing.is_set() else tick_ms))
-            if ready.pop(self._wake_reader.fileno(), 0):
-                self._swallow_wakes()
+            if ready.pop(self._wakeup.fileno(), 0):
+                self._wakeup.clear()
             if buffered or any(events & _READABLE for events in ready.values()):
                 self._reading = True
                 try:
@@ -404,18 +399,6 @@ class MqttLink:
         except Exception:  # an exception here would end the link's thread and with it the daemon's hearing
             self._metrics.count("internal_errors")
             log.exception("a callback of the MQTT link failed")
-
-    def _wake(self) -> None:
-        # Appended first, flag second; the link's thread clears the flag first and looks second: nothing is missed.
-        if not self._wake_sent:
-            self._wake_sent = True
-            with contextlib.suppress(OSError):
-                self._wake_writer.send(b"\0")
-
-    def _swallow_wakes(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_reader.recv(4096)
-        self._wake_sent = False
 
 
 def _backoff_s(attempt: int, config: MqttConfig) -> float:
