@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edge_llm import __version__
+from edge_llm.arguments import OneLineParser, non_negative, positive_int, utf8_text
 from edge_llm.config import Config, load_config
 from edge_llm.device.profile import device_layer
 from edge_llm.errors import ConfigError, EdgeLlmError
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="edge-llm", description="A language model that answers on the device itself, over MQTT, with no network."
     )
     parser.add_argument("--version", action="version", version=f"edge-llm {__version__}")
@@ -51,12 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--log-format", choices=("json", "text"), help="how log lines on stderr look")
 
     ask = _command(commands, "ask", _ask, "ask a running daemon over MQTT and stream the answer")
-    ask.add_argument("text", help="the question")
+    ask.add_argument("text", type=utf8_text, help="the question")
     ask.add_argument("--user", default="cli", help="the user level of the query topic (default: cli)")
     ask.add_argument("--session", help="continue this conversation")
-    ask.add_argument("--max-tokens", type=int)
-    ask.add_argument("--temperature", type=float)
-    ask.add_argument("--timeout-s", type=float, default=60.0, help="give up after this long (default: 60)")
+    ask.add_argument("--max-tokens", type=positive_int)
+    ask.add_argument("--temperature", type=non_negative)
+    ask.add_argument(
+        "--timeout-s", type=non_negative, default=60.0, help="give up after this long a silence (default: 60)"
+    )
     ask.add_argument("--json", action="store_true", help="print the events as they come, one JSON object a line")
     ask.add_argument("--mqtt3", action="store_true", help="use MQTT 3.1.1")
 
@@ -64,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--interactive", action="store_true", help="keep a prompt open instead of the six questions")
 
     bench = _command(commands, "bench", _bench, "measure load, memory, prefill and decode of a bundle")
-    bench.add_argument(
-        "--rounds", type=int, default=5, choices=range(1, 101), metavar="N", help="1 to 100 (default: 5)"
-    )
+    bench.add_argument("--rounds", type=positive_int, default=5, help="repetitions (default: 5)")
     bench.add_argument("--json", action="store_true")
 
     doctor = _command(commands, "doctor", _doctor, "check machine, providers, bundle, broker; exit 1 if one fails")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
+_SIGNAL_TICK_S = 0.5
 
 
 class _StopRequested(BaseException):
@@ -59,11 +60,11 @@ def serve(config: Config, bundle: Bundle) -> int:
             gateway.close(CLOSE_TIMEOUT_S)
             raise
         stop.wait()
-    _log.info("stopping: finishing what was accepted")
-    gateway.set_state("draining")
-    if not scheduler.drain(config.serving.drain_timeout_s):
-        _log.warning("some queries did not finish in %.0f s and were cancelled", config.serving.drain_timeout_s)
-    gateway.close(CLOSE_TIMEOUT_S)
+        _log.info("stopping: finishing what was accepted; a second signal cuts it short")
+        gateway.set_state("draining")
+        if not scheduler.drain(config.serving.drain_timeout_s, hurry=stop.hurry):
+            _log.warning("some queries did not finish and were cancelled")
+        gateway.close(CLOSE_TIMEOUT_S)
     return 0
 
 
@@ -137,9 +138,14 @@ def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
 
 
 class _StopFlag:
-    """Set by a signal. Until it is armed, a signal interrupts whatever the main thread is doing."""
+    """Set by a signal. Until it is armed, a signal interrupts whatever the main thread is doing.
+
+    Attributes:
+        hurry: set by a second signal.
+    """
 
     def __init__(self) -> None:
+        self.hurry = threading.Event()
         self._event = threading.Event()
         self._armed = False
 
@@ -149,11 +155,16 @@ class _StopFlag:
 
     def wait(self) -> None:
         """Wait for a signal."""
-        self._event.wait()
+        # With a timeout: Python runs handlers on the main thread, but the kernel may hand the signal to another one,
+        # and that does not end a wait without a timeout.
+        while not self._event.wait(_SIGNAL_TICK_S):
+            pass
 
     def handle(self, signal_number: int, _frame: Any) -> None:
         """The signal handler."""
         _log.info("received %s", signal.Signals(signal_number).name)
+        if self._event.is_set():
+            self.hurry.set()
         self._event.set()
         if not self._armed:
             self._armed = True

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from edge_llm.arguments import OneLineParser, non_negative, positive_int
 from edge_llm.errors import EdgeLlmError
 from export.alias import ALIASES
 from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export", description="Turn a checkpoint into an edge-llm bundle.")
+    parser = OneLineParser(prog="python -m export", description="Turn a checkpoint into an edge-llm bundle.")
     commands = parser.add_subparsers(dest="command", required=True)
     bundle = commands.add_parser("bundle", help="write a bundle that edge-llm serves")
     bundle.add_argument(
@@ -81,9 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     bundle.add_argument("--name", help="of the bundle (default: the model's)")
     bundle.add_argument("--bundle-version", default="1", metavar="VERSION", help="of the bundle (default 1)")
     defaults = bundle.add_argument_group("defaults", "for queries that set nothing (default: the model's own)")
-    defaults.add_argument("--max-tokens", type=int)
-    defaults.add_argument("--temperature", type=float, help="0 is greedy")
-    defaults.add_argument("--repetition-penalty", type=float)
+    defaults.add_argument("--max-tokens", type=positive_int)
+    defaults.add_argument("--temperature", type=non_negative, help="0 is greedy")
+    defaults.add_argument("--repetition-penalty", type=non_negative, help="1 is none")
     return parser
 
 

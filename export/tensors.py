@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -75,6 +76,13 @@ def check_shapes(tensors: Tensors, required: Shapes, optional: Shapes, source: s
             f"{source} lacks the weight {missing[0]!r}{more}: the checkpoint is incomplete, or its config describes "
             f"another model; download it again"
         )
+    known = {None, *map(_layer_of, required)}
+    for name in tensors.shapes:
+        if _layer_of(name) not in known:
+            raise ExportError(
+                f"{source}: weight {name!r} belongs to a layer that its config does not have: the config and the "
+                f"weights do not belong together"
+            )
     for name, shape in {**optional, **required}.items():
         found = tensors.shapes.get(name, shape)
         if found != shape:
@@ -82,3 +90,9 @@ def check_shapes(tensors: Tensors, required: Shapes, optional: Shapes, source: s
                 f"{source}: weight {name!r} has shape {list(found)}, its config says {list(shape)}: the config and "
                 f"the weights do not belong together"
             )
+
+
+def _layer_of(name: str) -> str | None:
+    """``layers.3`` of ``layers.3.mlp.up_proj.weight``; None for a weight outside the layers."""
+    found = re.match(r"(?:h|layers)\.\d+(?=\.)", name)
+    return found.group() if found else None

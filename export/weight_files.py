@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from export.errors import ExportError
@@ -94,6 +95,11 @@ class TorchWeights:
         for shard in shards:
             try:
                 loaded = torch.load(shard, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                # torch's own message advises to load it all the same, which would run whatever is in it.
+                raise ExportError(
+                    f"{shard} is not plain weights, and could run code: get the model as safetensors"
+                ) from None
             except Exception as error:
                 first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ExportError(f"{shard} is truncated, damaged or not plain weights ({first_line})") from None

@@ -16,7 +16,7 @@ LAYERS = [
     {"mqtt", "serving"},
     {"cache", "engine"},
     {"bundle", "device"},
-    {"config", "errors", "logs", "metrics"},
+    {"config", "errors", "logs", "metrics", "arguments"},
 ]
 WORKSTATION_ONLY = {"export", "torch", "transformers", "optimum", "onnx", "gguf", "safetensors"}
 

@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 
 # QoS 1 messages in flight to the broker; mosquitto's own default, and less if the broker's Receive Maximum is less.
 _WINDOW: Final = 20
+# So many connections in a row that each lasted no longer than this look like two clients of one name.
+_SUSPICIOUS: Final = 3
+_SHORT_S: Final = 6.0
 _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -95,6 +98,7 @@ class MqttLink:
         self._window = _WINDOW
         self._broker_max_packet_bytes: int | None = None
         self._connack_seen = False
+        self._accepted = False
         self._session_resumed = False
         self._reading = False
         self._client: Client | None = None
@@ -102,6 +106,7 @@ class MqttLink:
         self._closing = threading.Event()
         self._close_by = 0.0
         self._wakeup = Wakeup()
+        self._short_connections = 0
         self._trouble: str | None = None
         self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
 
@@ -176,7 +181,8 @@ class MqttLink:
                 log.exception("the MQTT link failed and starts over")
                 self._change_protocol(self._protocol)
             lasted_s = time.monotonic() - started_at
-            if self._connack_seen and not self._closing.is_set():
+            self._note_short_connection(lasted_s)
+            if self._accepted and not self._closing.is_set():
                 self._give_up_after(lasted_s)
             # A connection that stood for a while was a good one; one that did not must not be hammered.
             if self._connack_seen and lasted_s > self._config.reconnect_max_s:
@@ -186,7 +192,7 @@ class MqttLink:
         self._wakeup.close()
 
     def _connect_and_serve(self) -> None:
-        self._connack_seen = False
+        self._connack_seen = self._accepted = False
         self._acks.new_connection()
         try:
             client = self._open()
@@ -289,7 +295,7 @@ class MqttLink:
         if reason.is_failure:
             self._handle_refusal(reason)
             return
-        self._protocol_accepted = True
+        self._accepted = self._protocol_accepted = True
         self._window = min(_WINDOW, getattr(properties, "ReceiveMaximum", _WINDOW))
         self._broker_max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
         self._session_resumed = flags.session_present
@@ -371,6 +377,17 @@ class MqttLink:
         self._client = None
         now = time.monotonic()
         self._waiting.extendleft((now, message) for message in reversed(self._in_flight.take_all()))
+
+    def _note_short_connection(self, lasted_s: float) -> None:
+        if not self._accepted or lasted_s > _SHORT_S:
+            self._short_connections = 0
+            return
+        self._short_connections += 1
+        if self._short_connections == _SUSPICIOUS and not self._closing.is_set():
+            log.warning(
+                "the broker ends each connection soon: is another client connected as %r? Each node needs its own name",
+                self._session.client_id,
+            )
 
     def _give_up_after(self, lasted_s: float) -> None:
         """Lose the messages that the broker has hung up on too often."""

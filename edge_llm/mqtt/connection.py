@@ -151,7 +151,15 @@ def subscribe(client: Client, session: Session, protocol: Protocol) -> None:
         client.subscribe(
             [
                 # A shared subscription has no retained messages, and some brokers refuse to be told not to send any.
-                (topic, SubscribeOptions(qos=qos, retainHandling=0 if topic.startswith("$share/") else handling))
+                (
+                    topic,
+                    SubscribeOptions(
+                        qos=qos,
+                        # So that a query published as retained can be told from one that is not.
+                        retainAsPublished=True,
+                        retainHandling=0 if topic.startswith("$share/") else handling,
+                    ),
+                )
                 for topic, qos in session.subscriptions
             ]
         )

@@ -184,7 +184,8 @@ def decode_fields(incoming: Incoming, *, max_payload_bytes: int, bare_field: str
         raise RequestError(400, f"the payload is not valid JSON: {_readable(error)}") from None
     if not isinstance(fields, dict):
         raise RequestError(400, "the payload must be a JSON object")
-    return fields
+    # Clients in typed languages send null for what they leave out.
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def claimed_id(fields: Mapping[str, Any], correlation: bytes | None) -> str | None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 IDLE_TICK_S = 1.0
+_HURRY_TICK_S = 0.1
 
 
 class Scheduler:
@@ -106,17 +107,20 @@ class Scheduler:
         with self._changed:
             return {"queued": len(self._queue), "active": len(self._active), "sessions": len(self._sessions)}
 
-    def drain(self, timeout_s: float) -> bool:
+    def drain(self, timeout_s: float, hurry: threading.Event | None = None) -> bool:
         """Refuse new requests, wait for the accepted ones, then stop. True if all of them were answered in time.
 
-        What is left at the end of ``timeout_s`` ends as cancelled, with the text so far.
+        What is left after ``timeout_s``, or when ``hurry`` is set, ends as cancelled, with the text so far.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._draining = True
-            in_time = self._changed.wait_for(
-                lambda: not self._queue and not self._active, timeout=max(0.0, deadline - time.monotonic())
-            )
+            while self._queue or self._active:
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0 or (hurry is not None and hurry.is_set()):
+                    break
+                self._changed.wait(min(remaining_s, _HURRY_TICK_S))
+            in_time = not self._queue and not self._active
             self._stopping = True
             self._changed.notify_all()
         if self._thread.is_alive():

@@ -115,6 +115,14 @@ def test_a_cache_folder_that_cannot_be_written_is_an_error_that_says_so(bundle, 
         prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
 
 
+def test_a_full_disk_is_said_before_anything_is_built(bundle, tmp_path, monkeypatch, builds):
+    usage = prepare.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BundleError, match=r"no space for the prepared copy in .*: it needs 1 MB, 0 MB are free"):
+        prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "prepared").iterdir()) == []
+
+
 def test_a_failing_build_says_why_and_leaves_nothing(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.sys, "executable", "/bin/false")
     with pytest.raises(BundleError, match="could not be built"):

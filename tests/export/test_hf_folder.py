@@ -190,3 +190,12 @@ def test_unsupported_configurations_are_named(
     (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
     with pytest.raises(ExportError, match=words):
         load_checkpoint(str(folder))
+
+
+def test_a_layer_that_the_config_does_not_know_is_refused(tmp_path: Path) -> None:
+    folder = save(random_model(gpt2_config()), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["n_layer"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="belongs to a layer that its config does not have"):
+        load_checkpoint(str(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,12 @@ def test_prepare_builds_the_copy(tmp_path):
         (["bench", "--bundle", str(TINY_BUNDLE), "--set", "engine"], "write KEY=VALUE"),
         (["bench", "--bundle", str(TINY_BUNDLE), "--device", "toaster"], "no device file for 'toaster'"),
         (["doctor", "--config", "/no/such/file.toml"], "cannot read /no/such/file.toml"),
+        (["bench", "--bundle", str(TINY_BUNDLE), "--rounds", "0"], "'0' is not a whole number of at least 1"),
+        (["bench", "--set", "mqtt=5", "--set", "mqtt.host=h"], "mqtt is a setting, not a table"),
+        (["ask", "hi", "--timeout-s", "-1"], "'-1' is not a number of at least 0"),
+        (["ask", "hi", "--temperature", "nan"], "'nan' is not a number of at least 0"),
+        (["ask", "\udcff"], "the text is not UTF-8"),
+        (["dance"], "invalid choice: 'dance'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message):
@@ -124,6 +131,23 @@ def test_bad_input_is_one_line_and_status_2(arguments, message):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_demo_that_is_stopped_leaves_nothing(tmp_path, how):
+    command = [sys.executable, "-m", "edge_llm.cli", "demo", "--interactive", "--bundle", str(TINY_BUNDLE)]
+    environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    demo = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
+    assert demo.stdout is not None
+    lines = []
+    while not lines or "Ask away" not in lines[-1]:
+        lines.append(demo.stdout.readline())
+    pid = int("".join(lines).split("(process ")[1].split(")")[0])
+    assert Path(f"/proc/{pid}").exists()
+    demo.send_signal(how)
+    demo.wait(30)
+    assert not Path(f"/proc/{pid}").exists()
+    assert not list(tmp_path.glob("edge-llm-demo-*"))
 
 
 def test_the_demo_answers_six_questions_and_leaves_nothing(tmp_path):

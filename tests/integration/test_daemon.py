@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import platform
 import signal
 import threading
 from collections import Counter
+from pathlib import Path
 
 import paho.mqtt.client as mqtt
 import pytest
@@ -186,6 +189,28 @@ def test_sigterm_out_of_time_ends_with_the_text_so_far(mosquitto, start_daemon, 
     final = list(events)[-1]
     assert final["finish_reason"] == "cancelled"
     assert final["text"]
+
+
+def test_a_second_signal_cuts_the_drain_short(mosquitto, start_daemon, connect, slow_bundle):
+    daemon = start_daemon(mosquitto.port, bundle=slow_bundle)
+    asker = connect(mosquitto.port)
+    events = asker.events(asker.send("go on", max_tokens=1900), timeout_s=WAIT_S)
+    next(events)
+    daemon.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "stopping" in daemon.log(), WAIT_S)
+    daemon.process.send_signal(signal.SIGINT)
+    assert list(events)[-1]["finish_reason"] == "cancelled"
+    assert daemon.process.wait(WAIT_S) == 0
+
+
+def test_a_signal_that_another_thread_receives_stops_it_too(mosquitto, start_daemon, connect):
+    daemon = start_daemon(mosquitto.port)
+    connect(mosquitto.port)
+    threads = [int(path.name) for path in Path(f"/proc/{daemon.process.pid}/task").iterdir()]
+    other = next(thread for thread in threads if thread != daemon.process.pid)
+    tgkill = {"x86_64": 234, "aarch64": 131}[platform.machine()]
+    ctypes.CDLL(None).syscall(tgkill, daemon.process.pid, other, signal.SIGTERM)
+    assert daemon.process.wait(WAIT_S) == 0
 
 
 def test_sigterm_while_preparing_stops_at_once_and_leaves_no_half_copy(mosquitto, start_daemon, slow_bundle, tmp_path):
