@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from edge_llm import __version__
+from edge_llm.device.memory import limit_malloc_arenas
 from edge_llm.engine.loading import LoadedModel, load_model
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.gateway import Gateway
@@ -45,6 +46,7 @@ def serve(config: Config, bundle: Bundle) -> int:
         BundleError: the bundle cannot be served here.
         ConfigError: the settings for the broker cannot be used.
     """
+    limit_malloc_arenas(2)
     metrics = Metrics()
     gateway = Gateway(config, metrics)
     with _stop_signals() as stop:

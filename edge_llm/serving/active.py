@@ -40,6 +40,11 @@ class ActiveRequest:
         """It is ready to decode."""
         return self.state is not None and self.state.prefilled
 
+    @property
+    def has_text(self) -> bool:
+        """Some of the answer's text has been delivered."""
+        return self._first_text_at is not None
+
     def take_new_tokens(self) -> None:
         """Turn the state's new tokens into text and deliver what is certain."""
         assert self.state is not None

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from edge_llm.device.memory import trim_memory
 from edge_llm.engine.prompt import Message
 from edge_llm.engine.text_stream import TextStream
 from edge_llm.errors import RequestError
@@ -32,6 +33,9 @@ _log = logging.getLogger(__name__)
 
 IDLE_TICK_S = 1.0
 _HURRY_TICK_S = 0.1
+_FIRST_TEXT_PAUSE_S = 0.001
+# Idle for so long, the buffers that prefills have left in the C library go back to the system.
+_TRIM_AFTER_S = 0.2
 
 
 class Scheduler:
@@ -132,8 +136,12 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
+                trimmed = False
                 while not (self._queue or self._active or self._stopping):
-                    self._changed.wait(timeout=IDLE_TICK_S)
+                    woken = self._changed.wait(timeout=IDLE_TICK_S if trimmed else _TRIM_AFTER_S)
+                    if not woken and not trimmed:
+                        trim_memory()
+                        trimmed = True
                     self._sessions.expire(time.monotonic())
                 if self._stopping:
                     self._cancelled |= {request.key for request in self._queue}
@@ -255,7 +263,12 @@ class Scheduler:
             # Its sampling failed: that is this request's trouble alone.
             self._fail(active, active.state.fault)
             return
+        had_text = active.has_text
         active.take_new_tokens()
+        if active.has_text and not had_text:
+            # The next step would take every core, and the first words would wait for one on their way through link,
+            # broker and client: several milliseconds of latency for the one that this costs.
+            time.sleep(_FIRST_TEXT_PAUSE_S)
         if active.text.stopped or active.state.stopped:
             self._end(active, "stop")
         elif active.state.finished:
