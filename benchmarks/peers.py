@@ -6,6 +6,7 @@ Each engine runs in a process of its own; they take turns, one at a time, and th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from benchmarks.turns import PREFILL_TOKENS, Turns, Worker, take_turns
 from edge_llm.device.cpu import physical_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 PACKAGES: Final = ("onnxruntime", "ctranslate2", "optimum-onnx", "transformers", "torch", "llama-cpp-python", "numpy")
 MIN_ROUNDS: Final = 10
@@ -77,27 +78,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(model: str, wanted: Sequence[str], cache_dir: Path, threads: int, rounds: int) -> list[Turns]:
     """Prepare the files of every engine of a model, then let them take turns."""
-    workers: dict[str, Worker] = {}
+    starters: dict[str, Callable[[], Worker]] = {}
     results: dict[str, Turns] = {}
-    try:
-        for entrant in lineup(model):
-            if wanted and entrant.engine not in wanted:
-                continue
-            result = results[entrant.engine] = Turns(entrant.engine)
-            if (missing := entrant.missing) is not None:
-                result.status = missing
-                continue
-            try:
-                path = entrant.prepare(cache_dir)
-            except Exception as error:  # a peer's converter may raise anything, and the others go on
-                result.status = f"failed: {str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)}"
-                continue
-            workers[entrant.engine] = Worker(entrant.load, path, threads, CONTEXT)
-        for turns in take_turns(workers, prompt_ids(model, PREFILL_TOKENS), rounds):
-            results[turns.engine] = turns
-    finally:
-        for worker in workers.values():
-            worker.close()
+    for entrant in lineup(model):
+        if wanted and entrant.engine not in wanted:
+            continue
+        result = results[entrant.engine] = Turns(entrant.engine)
+        if (missing := entrant.missing) is not None:
+            result.status = missing
+            continue
+        try:
+            path = entrant.prepare(cache_dir)
+        except Exception as error:  # a peer's converter may raise anything, and the others go on
+            result.status = f"failed: {(str(error).strip() or repr(error)).splitlines()[-1]}"
+            continue
+        starters[entrant.engine] = functools.partial(Worker, entrant.load, path, threads, CONTEXT)
+    for turns in take_turns(starters, prompt_ids(model, PREFILL_TOKENS), rounds):
+        results[turns.engine] = turns
     return list(results.values())
 
 
@@ -123,7 +120,7 @@ def make_report(machine: dict[str, Any], rounds: int, results: dict[str, list[Tu
         repeated_turns=sum(turns.repeated for engines in results.values() for turns in engines),
         rows=rows,
         ratios=ratios,
-        goals=[judge(goal, ratios) for goal in GOALS if goal.model in results],
+        goals=[outcome for goal in GOALS if goal.model in results for outcome in judge(goal, ratios)],
     )
 
 

@@ -76,15 +76,12 @@ def compare(model: str, peer: str, metric: Metric, peer_ms: Sequence[float], own
     )
 
 
-def judge(goal: Goal, ratios: Sequence[Ratio]) -> Goal:
-    """The goal with its outcome. Of several settings of one peer ("llama.cpp", "llama.cpp …") the fastest counts."""
-    medians = [
-        ratio.median
+def judge(goal: Goal, ratios: Sequence[Ratio]) -> list[Goal]:
+    """The goal with its outcome, once for every way in which the peer was run ("llama.cpp", "llama.cpp …")."""
+    outcomes = [
+        msgspec.structs.replace(goal, peer=ratio.peer, median=ratio.median, reached=ratio.median >= goal.at_least)
         for ratio in ratios
         if (ratio.model, ratio.metric) == (goal.model, goal.metric)
         and (ratio.peer == goal.peer or ratio.peer.startswith(goal.peer + " "))
     ]
-    if not medians:
-        return goal
-    hardest = min(medians)
-    return msgspec.structs.replace(goal, median=hardest, reached=hardest >= goal.at_least)
+    return outcomes or [goal]

@@ -17,7 +17,7 @@ from benchmarks.process import cpu_seconds, machine_busy_seconds
 from benchmarks.ratios import median
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 PREFILL_TOKENS: Final = 64
 DECODE_TOKENS: Final = 64
@@ -134,26 +134,40 @@ class Worker:
         return WorkerError(f"failed: {lines[-1] if lines else f'exit status {self._process.returncode}'}")
 
 
-def take_turns(workers: dict[str, Worker], prompt_ids: Sequence[int], rounds: int) -> list[Turns]:
-    """Load every worker, let each take a warm-up turn, then ``rounds`` turns.
+def take_turns(starters: dict[str, Callable[[], Worker]], prompt_ids: Sequence[int], rounds: int) -> list[Turns]:
+    """Start one worker after the other, let each take a warm-up turn, then ``rounds`` turns, and end them.
 
     A worker that fails is out from there on, and its row says why.
     """
-    results = {name: Turns(name) for name in workers}
-    for name, worker in workers.items():
-        try:
-            hello = worker.hello()
-        except WorkerError as error:
-            results[name].status = str(error)
-        else:
-            results[name].version, results[name].load_s = hello["version"], round(hello["load_s"], 3)
-    for round_number in range(-1, rounds):
-        for name, worker in workers.items():
-            if results[name].ok:
-                _take_turn(worker, results[name], prompt_ids, warm_up=round_number < 0)
-        print(f"\rround {max(round_number + 1, 0)} of {rounds}", end="", file=sys.stderr, flush=True)
-    print("\r", end="", file=sys.stderr)
+    results = {name: Turns(name) for name in starters}
+    workers: dict[str, Worker] = {}
+    try:
+        for name, start in starters.items():
+            workers[name] = start()
+            _load(workers[name], results[name])
+        for round_number in range(-1, rounds):
+            for name, worker in workers.items():
+                if results[name].ok:
+                    _take_turn(worker, results[name], prompt_ids, warm_up=round_number < 0)
+            _show_progress(round_number + 1, rounds)
+    finally:
+        for worker in workers.values():
+            worker.close()
     return list(results.values())
+
+
+def _load(worker: Worker, result: Turns) -> None:
+    try:
+        hello = worker.hello()
+    except WorkerError as error:
+        result.status = str(error)
+    else:
+        result.version, result.load_s = hello["version"], round(hello["load_s"], 3)
+
+
+def _show_progress(done: int, rounds: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rround {done} of {rounds}", end="\n" if done == rounds else "", file=sys.stderr, flush=True)
 
 
 def _take_turn(worker: Worker, result: Turns, prompt_ids: Sequence[int], *, warm_up: bool) -> None:

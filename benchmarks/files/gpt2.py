@@ -26,8 +26,10 @@ VOCAB_SIZE: Final = 50257
 CONTEXT: Final = 1024
 END_OF_TEXT: Final = "<|endoftext|>"
 END_OF_TEXT_ID: Final = VOCAB_SIZE - 1
-# GPT-2's initialisation; with this final gain the logits have a standard deviation of about 2.
+# GPT-2's initialisation, with smaller biases: they add the same to every position, and one token would win everywhere.
 _WEIGHT_STD: Final = 0.02
+_BIAS_STD: Final = 0.002
+# With this gain of the last norm the logits have a standard deviation of about 2.
 _FINAL_GAIN: Final = 4.0
 _SEED: Final = 20190214
 
@@ -106,25 +108,25 @@ def _weights() -> dict[str, NDArray[np.float32]]:
         "wte.weight": embedding,
         "wpe.weight": normal(CONTEXT, WIDTH, std=0.01),
         "ln_f.weight": norm_gain(_FINAL_GAIN),
-        "ln_f.bias": normal(WIDTH),
+        "ln_f.bias": normal(WIDTH, std=_BIAS_STD),
     }
-    # Projections into the residual stream are smaller, as in GPT-2's own initialisation.
-    residual_std = _WEIGHT_STD / (2 * LAYERS) ** 0.5
+    # Attention averages over the prompt and so changes little from token to token: it counts less than the MLP.
+    attention_std = _WEIGHT_STD / (2 * LAYERS) ** 0.5
     for layer in range(LAYERS):
         prefix = f"h.{layer}"
         for norm in ("ln_1", "ln_2"):
             weights[f"{prefix}.{norm}.weight"] = norm_gain()
-            weights[f"{prefix}.{norm}.bias"] = normal(WIDTH)
+            weights[f"{prefix}.{norm}.bias"] = normal(WIDTH, std=_BIAS_STD)
         for name, rows, columns, std in (
             ("attn.c_attn", WIDTH, 3 * WIDTH, _WEIGHT_STD),
-            ("attn.c_proj", WIDTH, WIDTH, residual_std),
+            ("attn.c_proj", WIDTH, WIDTH, attention_std),
             ("mlp.c_fc", WIDTH, 4 * WIDTH, _WEIGHT_STD),
-            ("mlp.c_proj", 4 * WIDTH, WIDTH, residual_std),
+            ("mlp.c_proj", 4 * WIDTH, WIDTH, _WEIGHT_STD),
         ):
             matrix = normal(rows, columns, std=std)
             if name == "mlp.c_proj":
-                # GELU's positive mean would add the same vector to every position, and one token would win everywhere.
+                # GELU's positive mean would add the same vector to every position too.
                 matrix -= matrix.mean(axis=0)
             weights[f"{prefix}.{name}.weight"] = matrix
-            weights[f"{prefix}.{name}.bias"] = normal(columns)
+            weights[f"{prefix}.{name}.bias"] = normal(columns, std=_BIAS_STD)
     return {f"transformer.{name}": array for name, array in weights.items()}
