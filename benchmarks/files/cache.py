@@ -26,7 +26,11 @@ def built(path: Path, build: Callable[[Path], None]) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
             target = Path(folder) / path.name
             build(target)
-            target.rename(path)
+            try:
+                target.rename(path)
+            except OSError:
+                if not path.exists():  # otherwise another process has just built the same
+                    raise
     return path
 
 
