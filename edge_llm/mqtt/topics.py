@@ -14,6 +14,8 @@ from edge_llm.errors import ConfigError
 
 ROOT: Final = "edge_llm/v1"
 MAX_TOPIC_LENGTH: Final = 512
+# mosquitto ends the connection at more than 200.
+MAX_TOPIC_LEVELS: Final = 32
 _NAME: Final = re.compile(NAME_PATTERN.removeprefix("^").removesuffix("$"))
 # MQTT forbids wildcards and NUL in a topic that is published to, and brokers hang up on other characters that the
 # standard merely discourages (mosquitto: control characters and non-characters); so printable ASCII it is.
@@ -62,6 +64,7 @@ class Scope:
         return (
             topic.startswith(prefix)
             and len(topic) <= MAX_TOPIC_LENGTH
+            and topic.count("/") < MAX_TOPIC_LEVELS
             and _UNUSABLE_IN_TOPIC.search(topic) is None
             and all(topic[len(prefix) :].split("/"))
         )

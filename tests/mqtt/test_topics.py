@@ -83,6 +83,8 @@ def test_a_user_without_a_name_has_no_reply_topic():
         ("edge_llm/v1/edge/reply/ann/\u0085", False),
         ("edge_llm/v1/edge/reply/ann/\ufdd0", False),
         ("edge_llm/v1/edge/reply/ann/a b~", True),
+        ("edge_llm/v1/edge/reply/ann/" + "/".join("a" * 20), True),
+        ("edge_llm/v1/edge/reply/ann/" + "/".join("a" * 100), False),
         ("edge_llm/v1/edge/reply/anna/x", False),
         ("edge_llm/v1/edge/reply/bob/x", False),
         ("edge_llm/v1/pool/hall/reply/ann/x", False),
