@@ -18,6 +18,8 @@ from benchmarks.machine import version_of
 OWN: Final = "edge_llm"
 CONTEXT: Final = 1024
 MODELS: Final = ("gpt2-124m", "smollm2-135m")
+# Random tokens after which the first few choices are clear too, so that rounding does not decide them.
+_GPT2_SEED: Final = 44
 # "The car had been charging since the early morning, and the display in the kitchen showed that it would be ready
 # before noon. She poured a second cup of coffee, opened the window, and asked how far it was to the coast. The answer
 # came at once: two hundred and forty kilometres, with one short stop on"
@@ -69,7 +71,7 @@ def prompt_ids(model: str, count: int) -> list[int]:
         if count > len(_SMOLLM2_TEXT_IDS):
             raise ValueError(f"the text has {len(_SMOLLM2_TEXT_IDS)} tokens, not {count}")
         return list(_SMOLLM2_TEXT_IDS[:count])
-    return [int(token_id) for token_id in np.random.default_rng(64).integers(0, gpt2.END_OF_TEXT_ID, count)]
+    return [int(token_id) for token_id in np.random.default_rng(_GPT2_SEED).integers(0, gpt2.END_OF_TEXT_ID, count)]
 
 
 def _converted(package: str, cache_dir: Path, suffix: str, convert: Callable[[Path, Path], None]) -> Path:

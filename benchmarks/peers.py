@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from benchmarks.files.cache import default_cache_dir
+from benchmarks.files.cache import default_cache_dir, evict
 from benchmarks.lineup import CONTEXT, MODELS, OWN, lineup, prompt_ids
 from benchmarks.machine import describe_machine, format_machine
 from benchmarks.ratios import GOALS, Goal, Ratio, compare, judge, median
@@ -92,10 +92,15 @@ def measure(model: str, wanted: Sequence[str], cache_dir: Path, threads: int, ro
         except Exception as error:  # a peer's converter may raise anything, and the others go on
             result.status = f"failed: {(str(error).strip() or repr(error)).splitlines()[-1]}"
             continue
-        starters[entrant.engine] = functools.partial(Worker, entrant.load, path, threads, CONTEXT)
+        starters[entrant.engine] = functools.partial(_start, entrant.load, path, threads)
     for turns in take_turns(starters, prompt_ids(model, PREFILL_TOKENS), rounds):
         results[turns.engine] = turns
     return list(results.values())
+
+
+def _start(load: str, path: Path, threads: int) -> Worker:
+    evict(path.parent)
+    return Worker(load, path, threads, CONTEXT)
 
 
 def make_report(machine: dict[str, Any], rounds: int, results: dict[str, list[Turns]]) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,19 @@ def source_key(*paths: Path) -> str:
     for file in sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def evict(folder: Path) -> None:
+    """Drop the files in ``folder`` from the page cache, as after a boot; pages that a process has mapped stay.
+
+    How a file came into the cache decides how large its pages are there, and with them how fast mapped weights are
+    read: several percent of a decode step. So every engine reads its files anew, in its own way.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())  # dirty pages would stay
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def remove_others(keep: Path, prefix: str) -> None:

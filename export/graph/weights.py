@@ -21,6 +21,8 @@ _EMBEDDING_BITS: Final = 8
 # At 64 (and 32) onnxruntime's x86-64 kernels sum in the same order for one row as for many, so that a query is answered
 # alike, bit for bit, alone and in a batch. At 128 they do not, and int8 activations turn the last bit into whole steps.
 DEFAULT_BLOCK_SIZE: Final = 64
+# No layer follows the head, so that a last bit stays a last bit there; larger blocks are fewer bytes to read a token.
+_HEAD_BLOCK_SIZE: Final = 128
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class WeightFormat:
     Attributes:
         target: the graph's name in the bundle, ``cpu-int8`` or ``cpu-fp32``.
         bits: 8, 4, or 32 for float32.
-        block_size: weights that share a scale, where the matrix allows it (0 for float32).
+        block_size: weights of a layer that share a scale, where the matrix allows it (0 for float32).
+        head_block_size: the same of the embedding and the head.
     """
 
     target: str
     bits: Literal[4, 8, 32]
     block_size: int
+    head_block_size: int
 
     @property
     def is_quantized(self) -> bool:
@@ -43,13 +47,17 @@ class WeightFormat:
         return self.bits < 32
 
 
-CPU_FP32: Final = WeightFormat("cpu-fp32", 32, 0)
+CPU_FP32: Final = WeightFormat("cpu-fp32", 32, 0, 0)
 
 
 def cpu_int8(bits: Literal[4, 8] = 8, block_size: int = DEFAULT_BLOCK_SIZE) -> WeightFormat:
-    """The ``cpu-int8`` target; with ``bits`` 4 its linear layers take half the space."""
+    """The ``cpu-int8`` target; with ``bits`` 4 its linear layers take half the space.
+
+    Blocks smaller than the default are asked for because they are more exact, so the head has them, too.
+    """
     assert block_size in BLOCK_SIZES
-    return WeightFormat("cpu-int8", bits, block_size)
+    head_block_size = block_size if block_size < DEFAULT_BLOCK_SIZE else max(block_size, _HEAD_BLOCK_SIZE)
+    return WeightFormat("cpu-int8", bits, block_size, head_block_size)
 
 
 def linear(graph: GraphBuilder, x: str, weight: Float32Array, bias: Float32Array | None, name: str) -> str:
@@ -87,7 +95,7 @@ def embedding(graph: GraphBuilder, table: Float32Array, name: str) -> str:
     """
     if not graph.weights.is_quantized:
         return graph.node("Gather", [graph.initializer(f"{name}.weight", table), graph_io.INPUT_IDS], [name])
-    block_size = fitting_block_size(table.shape[1], graph.weights.block_size)
+    block_size = fitting_block_size(table.shape[1], graph.weights.head_block_size)
     quantized = quantize(table, _EMBEDDING_BITS, block_size)
     blocks, scales = _store_blocks(graph, name, quantized)
     # MatMulNBits wants (N, blocks, block), GatherBlockQuantized (N, K): one stored tensor, two views.
@@ -117,7 +125,7 @@ def tied_head(graph: GraphBuilder, x: str, table_shape: tuple[int, int], name: s
     if not graph.weights.is_quantized:
         graph.contrib("FusedMatMul", [x, f"{name}.weight"], [graph_io.LOGITS], transB=1)
         return
-    block_size = fitting_block_size(table_shape[1], graph.weights.block_size)
+    block_size = fitting_block_size(table_shape[1], graph.weights.head_block_size)
     graph.contrib(
         "MatMulNBits",
         [x, f"{name}.blocks", f"{name}.scales"],
@@ -135,7 +143,7 @@ def untied_head(graph: GraphBuilder, x: str, table: Float32Array, name: str) -> 
     if not graph.weights.is_quantized:
         graph.contrib("FusedMatMul", [x, graph.initializer(f"{name}.weight", table)], [graph_io.LOGITS], transB=1)
         return
-    block_size = fitting_block_size(table.shape[1], graph.weights.block_size)
+    block_size = fitting_block_size(table.shape[1], graph.weights.head_block_size)
     quantized = quantize(table, _EMBEDDING_BITS, block_size)
     _matmul_nbits(graph, [x, *_store_blocks(graph, name, quantized)], graph_io.LOGITS, quantized)
 

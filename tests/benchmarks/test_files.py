@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.files.cache import built, remove_others, run_module, source_key
+from benchmarks.files.cache import built, evict, remove_others, run_module, source_key
 
 gpt2 = pytest.importorskip("benchmarks.files.gpt2", reason="safetensors is not installed")
 
@@ -38,6 +38,13 @@ def test_earlier_builds_are_removed(tmp_path):
     (tmp_path / "bundle-3.gguf").touch()
     remove_others(tmp_path / "bundle-2", "bundle-")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle-2", "checkpoint-1"]
+
+
+def test_evicted_files_are_still_there(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights").write_bytes(b"w" * 10_000)
+    evict(tmp_path)
+    assert (tmp_path / "folder" / "weights").read_bytes() == b"w" * 10_000
 
 
 def test_source_key_follows_the_sources(tmp_path):
