@@ -81,7 +81,7 @@ class EngineConfig(_Strict, frozen=True):
 
 
 class ServingConfig(_Strict, frozen=True):
-    """Bounds on what is accepted and kept."""
+    """Bounds on what is accepted and kept. ``system_prompt`` replaces the bundle's own."""
 
     max_queued: Annotated[int, Meta(ge=1, le=65535)] = 64
     max_queued_per_user: Count = 16
@@ -93,6 +93,49 @@ class ServingConfig(_Strict, frozen=True):
     drain_timeout_s: Seconds = 10.0
     session_idle_s: Seconds = 900.0
     max_sessions: Count = 256
+    system_prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] | None = None
+
+
+class CacheConfig(_Strict, frozen=True):
+    """What is kept of earlier work. Each part can be switched off.
+
+    ``prefix`` keeps the KV of prompts in memory, at most ``max_bytes`` in at most ``max_entries`` pieces, beside the
+    slots. ``snapshots`` keeps the KV of the system prompt and of ``pinned_system_prompts`` on disk, so that they are
+    warm after a restart. ``responses`` keeps whole answers of deterministic queries on disk.
+    """
+
+    prefix: bool = True
+    max_bytes: Annotated[int, Meta(ge=1 << 20)] = 128 << 20
+    max_entries: Count = 4096
+    snapshots: bool = True
+    pinned_system_prompts: tuple[Annotated[str, Meta(min_length=1, max_length=16_384)], ...] = ()
+    responses: bool = True
+    max_responses: Count = 4096
+    max_response_bytes: Annotated[int, Meta(ge=4096)] = 8 << 20
+
+
+class PrefetchConfig(_Strict, frozen=True):
+    """Work that is done before a query has come, only while nothing else runs.
+
+    ``partials`` prefills what has been said so far. ``speculation`` answers ahead: at most ``max_speculative_tokens``
+    tokens a time and ``max_tries`` times an utterance, for a guess with at least ``min_confidence``. ``popularity``
+    remembers what each user asks often. A warm slot is given up ``warm_s`` seconds after its last partial.
+
+    ``max_tokens_per_s`` bounds what prefetch computes, on average; a real query waits at most ``max_pause_ms`` for it.
+    On battery it stops if ``on_battery`` is false, and in heat above ``max_temperature_c``.
+    """
+
+    partials: bool = True
+    speculation: bool = True
+    popularity: bool = True
+    max_speculative_tokens: Count = 48
+    max_tries: Count = 3
+    min_confidence: Annotated[float, Meta(gt=0, le=1)] = 0.6
+    warm_s: Seconds = 15.0
+    max_tokens_per_s: Annotated[float, Meta(gt=0)] = 100.0
+    max_pause_ms: Annotated[float, Meta(ge=5)] = 25.0
+    on_battery: bool = True
+    max_temperature_c: float | None = 85.0
 
 
 class Config(_Strict, frozen=True):
@@ -106,6 +149,8 @@ class Config(_Strict, frozen=True):
     mqtt: MqttConfig = msgspec.field(default_factory=MqttConfig)
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     serving: ServingConfig = msgspec.field(default_factory=ServingConfig)
+    cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
+    prefetch: PrefetchConfig = msgspec.field(default_factory=PrefetchConfig)
 
 
 def load_config(
