@@ -7,9 +7,11 @@
     │   ├── ManifestError         manifest.json is missing, malformed or of another format version
     │   ├── BundleIntegrityError  a file's size or hash is not the manifest's
     │   └── UnsupportedBundleError  this runtime or machine lacks what the bundle needs
+    ├── PrefixFileError           a file of keys and values is damaged, or of another model (bundle/prefix_file.py)
     ├── EngineError
     │   ├── ContextOverflowError  more tokens than the context holds
-    │   └── NoFreeSlotError       every KV-cache slot is taken
+    │   ├── NoFreeSlotError       every KV-cache slot is taken
+    │   └── CacheIntegrityError   the prefix cache contradicts itself; it is thrown away
     ├── AskError                  a question could not be asked, or was not answered (mqtt/asking.py)
     ├── ExportError               a checkpoint cannot become a bundle (export/errors.py)
     └── RequestError              one client's request is answered with a wire error (docs/contract.md)
@@ -50,6 +52,10 @@ class UnsupportedBundleError(BundleError):
     """This runtime or this machine lacks something that the bundle needs."""
 
 
+class PrefixFileError(EdgeLlmError):
+    """A file of cached keys and values is damaged, or belongs to another model or other settings."""
+
+
 class EngineError(EdgeLlmError):
     """The engine cannot do what was asked."""
 
@@ -60,6 +66,10 @@ class ContextOverflowError(EngineError, ValueError):
 
 class NoFreeSlotError(EngineError):
     """Every KV-cache slot is taken."""
+
+
+class CacheIntegrityError(EngineError):
+    """The prefix cache contradicts itself: a fault of ours. Its content must not be used."""
 
 
 WIRE_ERROR_NAMES: Final[dict[int, str]] = {

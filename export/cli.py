@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"fail above this, against float32 (default {DEFAULT_MAX_PERPLEXITY_RATIO})",
     )
     bundle.add_argument("--verify", choices=("hf",), help="hf: compare with transformers too (needs torch)")
+    bundle.add_argument(
+        "--ship-prefix",
+        action="store_true",
+        help="ship the keys and values of what every prompt begins with, so that the device never computes them",
+    )
     bundle.add_argument("--name", help="of the bundle (default: the model's)")
     bundle.add_argument("--bundle-version", default="1", metavar="VERSION", help="of the bundle (default 1)")
     defaults = bundle.add_argument_group("defaults", "for queries that set nothing (default: the model's own)")
@@ -114,6 +119,7 @@ def _export_options(options: argparse.Namespace) -> ExportOptions:
         max_perplexity_ratio=options.max_perplexity_ratio,
         context=options.context,
         verify_hf=options.verify == "hf",
+        ship_prefix=options.ship_prefix,
         name=options.name,
         version=options.bundle_version,
         generation={name: value for name in _GENERATION if (value := getattr(options, name)) is not None},

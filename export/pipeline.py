@@ -1,4 +1,4 @@
-"""From MODEL to a bundle: load, build, verify, package."""
+"""From MODEL to a bundle: load, build, verify, compute the shared prefix, package."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from export.errors import ExportError
 from export.graph.weights import CPU_FP32
 from export.graphs import build_graph, describe_graph, estimated_bytes
 from export.package import check_destination, check_space, list_files, publish, staging
+from export.shipped_prefix import add_prefix_files
 from export.smoothing import SmoothedTensors
 from export.template import make_prompt_template
 from export.verify import check_limit, compare, expect_greedy, open_runner, read_text_tokens
@@ -54,6 +55,7 @@ class ExportOptions:
         verify_text: the text that quantised graphs are judged on.
         max_perplexity_ratio: a quantised graph above it fails the export.
         verify_hf: whether to compare with transformers as well.
+        ship_prefix: whether the bundle brings the KV of the head that all its prompts share.
         name: of the bundle; None is the checkpoint's.
         version: of the bundle.
         generation: defaults that take the place of the checkpoint's, as fields of ``GenerationDefaults``.
@@ -65,6 +67,7 @@ class ExportOptions:
     max_perplexity_ratio: float
     context: int | None = None
     verify_hf: bool = False
+    ship_prefix: bool = False
     name: str | None = None
     version: str = "1"
     generation: Mapping[str, float] = field(default_factory=dict)
@@ -104,6 +107,8 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         (folder / QUALITY_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         manifest = _manifest(checkpoint, options, dims, prompt, quality, expectation, folder)
+        if options.ship_prefix:
+            manifest = add_prefix_files(folder, manifest)
         publish(folder, options.out.absolute(), manifest)
     return manifest
 

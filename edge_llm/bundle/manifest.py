@@ -5,7 +5,7 @@ A bundle is a folder::
     BUNDLE/manifest.json
     BUNDLE/tokenizer.json
     BUNDLE/quality.json
-    BUNDLE/graphs/<target>/model.onnx  model.onnx.data
+    BUNDLE/graphs/<target>/model.onnx  model.onnx.data  prefix.kv
 
 Only files that the manifest names are opened, after their size and SHA-256 have been checked.
 """
@@ -60,8 +60,9 @@ class ModelDims(_Strict, frozen=True):
     max_seq_len: PositiveInt
 
 
-class Graph(_Strict, frozen=True):
-    """One exported form of the model."""
+# A field that is not set is left out, so that a device which does not know it yet reads the manifest all the same.
+class Graph(_Strict, frozen=True, omit_defaults=True):
+    """One exported form of the model. ``prefix_file`` is the KV of the shared head of its prompts, if it is shipped."""
 
     target: str
     file: str
@@ -72,6 +73,7 @@ class Graph(_Strict, frozen=True):
     opset: PositiveInt
     ir_version: PositiveInt
     min_onnxruntime: str
+    prefix_file: str | None = None
 
 
 class RolePieces(_Strict, frozen=True):
@@ -263,7 +265,7 @@ def _check_consistency(manifest: Manifest) -> None:
         raise ManifestError("manifest.json lists a file twice")
     needed = [TOKENIZER_FILE, QUALITY_FILE]
     for graph in manifest.graphs:
-        needed += [graph.file] if graph.data_file is None else [graph.file, graph.data_file]
+        needed += [name for name in (graph.file, graph.data_file, graph.prefix_file) if name is not None]
     for name in needed:
         if name not in names:
             raise ManifestError(f"manifest.json uses the file {name!r} but does not list it under `files`")
