@@ -1,4 +1,4 @@
-"""The ``edge-llm`` command: serve · ask · demo · bench · doctor · prepare.
+"""The ``edge-llm`` command: serve · ask · demo · bench · doctor · prepare · cache.
 
 Exit status: 0 done, 1 a check or an answer failed, 2 bad input or configuration.
 """
@@ -74,6 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true")
 
     _command(commands, "prepare", _prepare, "build the device-local copy of a bundle's graph now")
+
+    about_cache = "show or remove what is kept of earlier queries"
+    cache = commands.add_parser("cache", help=about_cache, description=about_cache.capitalize())
+    cache_commands = cache.add_subparsers(required=True, metavar="COMMAND")
+    info = _command(cache_commands, "info", _cache_info, "show what is kept on disk")
+    info.add_argument("--json", action="store_true")
+    clear = _command(cache_commands, "clear", _cache_clear, "remove it: all of it, or the parts that are named")
+    clear.add_argument("--user", help="only what belongs to this user")
+    clear.add_argument("--responses", action="store_true", help="answers")
+    clear.add_argument("--popular", action="store_true", help="what was asked often")
+    clear.add_argument("--prefixes", action="store_true", help="snapshots of prompt prefixes")
     return parser
 
 
@@ -196,6 +207,26 @@ def _prepare(args: argparse.Namespace) -> int:
     path = prepared_graph(_bundle_of(config), config.engine.target, cache_dir(config))
     print(f"prepared: {path.parent}")
     return 0
+
+
+def _cache_info(args: argparse.Namespace) -> int:
+    from edge_llm.cache_command import cache_info, format_info
+
+    configure_logging("error", "text")
+    info = cache_info(settings(args))
+    print(msgspec.json.encode(info).decode() if args.json else format_info(info))
+    return 0
+
+
+def _cache_clear(args: argparse.Namespace) -> int:
+    from edge_llm.cache_command import PARTS, clear_cache
+
+    configure_logging("error", "text")
+    failed = False
+    for cleared in clear_cache(settings(args), args.user, [part for part in PARTS if getattr(args, part)]):
+        print(cleared, flush=True)
+        failed = failed or cleared.removed is None
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

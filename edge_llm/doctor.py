@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import onnxruntime as ort
 
 from edge_llm import __version__
 from edge_llm.bundle.manifest import Bundle
+from edge_llm.cache_command import recent_finding
 from edge_llm.device.cpu import has_int8_dot_product, physical_cores
 from edge_llm.device.providers import choose_provider
 from edge_llm.engine.loading import load_model
@@ -43,6 +45,7 @@ def run_doctor(config: Config) -> Iterator[Check]:
     yield _guarded("providers", lambda: _providers(config))
     yield _int8(config)
     yield _guarded("broker", lambda: _broker(config))
+    yield _prefix(config)
     if config.bundle is None:
         yield Check("bundle", False, "none named: give --bundle FOLDER")
         return
@@ -92,6 +95,17 @@ def _broker(config: Config) -> str:
     mqtt = config.mqtt
     with contextlib.closing(Asker(mqtt, user="doctor").connect(BROKER_TIMEOUT_S)) as asker:
         return f"{mqtt.host}:{mqtt.port} accepts us (MQTT {asker.protocol})"
+
+
+def _prefix(config: Config) -> Check:
+    """What a daemon has noticed about the prompts (cache/prefix_lint.py)."""
+    try:
+        finding = recent_finding(config, time.time())
+    except EdgeLlmError as error:
+        return Check("prefix", None, str(error))
+    if finding is None:
+        return Check("prefix", True, "no prompt varied near its head")
+    return Check("prefix", None, f"{finding.user}: {finding}")
 
 
 def _bundle(folder: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from edge_llm.cache.popularity import Popularity
+from edge_llm.cache.prefix_lint import PrefixLint
+from edge_llm.cache.response_cache import CachedResponse, ResponseCache
+from edge_llm.cache.state_db import StateDb, state_path
+from edge_llm.config import load_config
+from edge_llm.doctor import Check, run_doctor
 from tests.brokers import free_port
 from tests.generate_tiny_bundle import TINY_BUNDLE
 
@@ -108,9 +115,94 @@ def test_prepare_builds_the_copy(tmp_path):
     assert list(tmp_path.rglob("prepared.json"))
 
 
+def remember(folder: Path) -> None:
+    """What a daemon would have kept below the user's cache folder."""
+    (folder / "edge-llm" / "prefixes").mkdir(parents=True)
+    (folder / "edge-llm" / "prefixes" / "one.kv").write_bytes(bytes(1000))
+    with contextlib.closing(StateDb.open(state_path(folder / "edge-llm"))) as db:
+        responses = ResponseCache(db, scope="scope", max_entries=10, max_bytes=1 << 20)
+        popularity = Popularity(db)
+        lint = PrefixLint(db)
+        for user in ("ann", "bob"):
+            responses.put(user, b"key", CachedResponse("Yes.", "stop", 3, 2))
+            popularity.record(user, "Is it far?")
+            for time in (11, 12, 13):
+                lint.observe(user, [*range(20), time + 100, *range(20)], lambda ids: f"{ids[0] - 100}:00")
+        assert responses.find("ann", b"key")
+
+
+def test_cache_info_shows_what_is_kept(tmp_path):
+    remember(tmp_path)
+    result = edge_llm("cache", "info", "--json", cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert info["path"] == str(tmp_path / "edge-llm" / "state.sqlite3")
+    assert info["size_bytes"] > 0
+    assert (info["responses"]["entries"], info["responses"]["hits"]) == (2, 1)
+    assert info["popular"] == {"ann": 1, "bob": 1}
+    assert [(finding["user"], finding["position"], finding["count"]) for finding in info["findings"]] == [
+        ("bob", 20, 2),
+        ("ann", 20, 2),
+    ]
+    assert info["prefixes"] == {"files": 1, "nbytes": 1000}
+    lines = edge_llm("cache", "info", cache=tmp_path).stdout.splitlines()
+    assert "responses  2, 0.00 MB, 1 hits" in lines
+    assert any('varies from token 20 on ("13:00")' in line for line in lines)
+
+
+def test_cache_info_makes_nothing_where_nothing_is(tmp_path):
+    result = edge_llm("cache", "info", "--json", cache=tmp_path)
+    assert json.loads(result.stdout)["responses"] == {"entries": 0, "nbytes": 0, "hits": 0}
+    assert edge_llm("cache", "clear", cache=tmp_path).returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "left", "removed"),
+    [
+        ([], (0, 0, 0, 0), ["2 responses", "2 popular queries", "2 findings", "1 prefix snapshots"]),
+        (["--user", "ann"], (1, 1, 1, 1), ["1 responses of ann", "1 popular queries of ann", "1 findings of ann"]),
+        (["--responses"], (0, 2, 2, 1), ["2 responses"]),
+        (["--popular", "--user", "ann"], (2, 1, 2, 1), ["1 popular queries of ann"]),
+        (["--prefixes"], (2, 2, 2, 0), ["1 prefix snapshots"]),
+    ],
+)
+def test_cache_clear_removes_what_is_named(tmp_path, flags, left, removed):
+    remember(tmp_path)
+    with contextlib.closing(StateDb.open(state_path(tmp_path / "edge-llm"))):  # as if a daemon were running
+        result = edge_llm("cache", "clear", *flags, cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"removed {what}" for what in removed]
+    info = json.loads(edge_llm("cache", "info", "--json", cache=tmp_path).stdout)
+    kept = (info["responses"]["entries"], len(info["popular"]), len(info["findings"]), info["prefixes"]["files"])
+    assert kept == left
+
+
+def test_cache_clear_that_fails_says_so(tmp_path):
+    remember(tmp_path)
+    path = state_path(tmp_path / "edge-llm")
+    path.unlink()
+    path.mkdir()
+    result = edge_llm("cache", "clear", cache=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "cannot be used" in result.stderr
+
+
+def test_doctor_reports_prompts_that_vary(tmp_path):
+    config = load_config(flags={"cache_dir": str(tmp_path / "edge-llm"), "mqtt": {"port": free_port()}})
+    checks = {check.name: check for check in run_doctor(config)}
+    assert checks["prefix"] == Check("prefix", True, "no prompt varied near its head")
+    remember(tmp_path)
+    checks = {check.name: check for check in run_doctor(config)}
+    assert checks["prefix"].ok is None
+    assert 'the prompt varies from token 20 on ("13:00"): 21 tokens a query' in checks["prefix"].detail
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cache"], "COMMAND"),
+        (["cache", "clear", "--user", "ann", "--prefixes"], "belong to no user"),
         (["serve"], "no bundle: give --bundle"),
         (["serve", "--bundle", "/no/such/folder"], "no bundle at /no/such/folder"),
         (["bench", "--bundle", str(TINY_BUNDLE), "--set", "engine.slots=0"], "engine.slots"),

@@ -1,0 +1,166 @@
+"""``edge-llm cache info|clear``: what is kept on the disk of earlier work, and how to get rid of it.
+
+Both work while a daemon runs: it notices an erasure at the next query.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from edge_llm.cache.popularity import clear_popular, popular_counts
+from edge_llm.cache.prefix_lint import Finding, clear_findings, stored_findings
+from edge_llm.cache.response_cache import ResponseStats, clear_responses, response_stats
+from edge_llm.cache.state_db import StateDb, state_path
+from edge_llm.cache.state_file import state_files
+from edge_llm.cache.store import SNAPSHOT_FOLDER
+from edge_llm.config import cache_dir
+from edge_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+
+    from edge_llm.config import Config
+
+PARTS: Final = ("responses", "popular", "prefixes")
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The snapshots of prompt prefixes on disk."""
+
+    files: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What is on disk. ``size_bytes`` is of the state file alone; ``popular`` counts queries by user."""
+
+    path: str
+    size_bytes: int
+    responses: ResponseStats
+    popular: dict[str, int]
+    findings: list[Finding]
+    prefixes: Prefixes
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What became of one part: how many things were removed, or None if the file could not be written."""
+
+    what: str
+    removed: int | None
+
+    def __str__(self) -> str:
+        if self.removed is None:
+            return f"the {self.what} could not be removed: the file is in use or cannot be written"
+        return f"removed {self.removed} {self.what}"
+
+
+def cache_info(config: Config) -> CacheInfo:
+    """Read it all; nothing is made where nothing is.
+
+    Raises:
+        ConfigError: the state file is there but cannot be used.
+    """
+    folder = cache_dir(config)
+    path = state_path(folder)
+    with _opened(path) as db:
+        return CacheInfo(
+            path=str(path),
+            size_bytes=sum(_size(part) for part in state_files(path)),
+            responses=response_stats(db) if db else ResponseStats(0, 0, 0),
+            popular=popular_counts(db) if db else {},
+            findings=stored_findings(db) if db else [],
+            prefixes=_prefixes(folder),
+        )
+
+
+def format_info(info: CacheInfo) -> str:
+    """A few lines for people."""
+    responses = info.responses
+    lines = [
+        f"state      {info.path}, {info.size_bytes / 1e6:.2f} MB on disk",
+        f"responses  {responses.entries}, {responses.nbytes / 1e6:.2f} MB, {responses.hits} hits",
+        f"popular    {sum(info.popular.values())} queries of {len(info.popular)} users",
+        *(f"           {user}: {count}" for user, count in info.popular.items()),
+        f"prefixes   {info.prefixes.files} files, {info.prefixes.nbytes / 1e6:.2f} MB",
+        *(f"finding    {finding.user}, {finding.count} times: {finding}" for finding in info.findings),
+    ]
+    return "\n".join(lines)
+
+
+def clear_cache(config: Config, user: str | None, parts: Collection[str]) -> Iterator[Cleared]:
+    """Remove some parts, or with none named everything, and yield what became of each.
+
+    Args:
+        config: where the caches are.
+        user: only what belongs to this user.
+        parts: some of ``PARTS``.
+
+    Raises:
+        ConfigError: prefixes of one user were asked for, or the state file cannot be used.
+    """
+    if user is not None and "prefixes" in parts:
+        raise ConfigError("--prefixes with --user: snapshots hold system prompts, which belong to no user")
+    folder = cache_dir(config)
+    whose = "" if user is None else f" of {user}"
+    with _opened(state_path(folder)) as db:
+        if not parts or "responses" in parts:
+            yield Cleared(f"responses{whose}", clear_responses(db, user) if db else 0)
+        if not parts or "popular" in parts:
+            yield Cleared(f"popular queries{whose}", clear_popular(db, user) if db else 0)
+        if not parts:
+            yield Cleared(f"findings{whose}", clear_findings(db, user) if db else 0)
+    if user is None and (not parts or "prefixes" in parts):
+        yield Cleared("prefix snapshots", _remove_prefixes(folder))
+
+
+def recent_finding(config: Config, now: float) -> Finding | None:
+    """The latest finding of the last days that is more than a single change; see ``cache/prefix_lint.py``.
+
+    Raises:
+        ConfigError: the state file is there but cannot be used.
+    """
+    with _opened(state_path(cache_dir(config))) as db:
+        return next((finding for finding in stored_findings(db) if finding.is_habit(now)), None) if db else None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[StateDb | None]:
+    if not path.exists():
+        yield None
+        return
+    with contextlib.closing(StateDb.open(path)) as db:
+        if db.in_memory:
+            raise ConfigError(f"{path} cannot be used: does it belong to this user, and is the disk writable?")
+        yield db
+
+
+def _prefix_files(folder: Path) -> list[Path]:
+    return [path for path in (folder / SNAPSHOT_FOLDER).rglob("*") if path.is_file()]
+
+
+def _prefixes(folder: Path) -> Prefixes:
+    sizes = [_size(path) for path in _prefix_files(folder)]
+    return Prefixes(len(sizes), sum(sizes))
+
+
+def _remove_prefixes(folder: Path) -> int | None:
+    files = _prefix_files(folder)
+    try:
+        for path in files:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return None
+    return len(files)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # gone meanwhile
