@@ -69,7 +69,14 @@ class FakeRunner:
             max_seq_len=max_seq_len,
         )
         self.rows = np.zeros((slots, max_seq_len), np.int64)
-        self.cache = SimpleNamespace(slots=slots, copy_row=self._copy_row, nbytes=self.rows.nbytes)
+        self.cache = SimpleNamespace(
+            slots=slots,
+            copy_row=self._copy_row,
+            read_rows=self._read_rows,
+            write_rows=self._write_rows,
+            nbytes=self.rows.nbytes,
+            token_nbytes=2 * self.dims.head_dim * 4,
+        )
         self.stop_after = stop_after
         self.gate = threading.Event()
         self.gate.set()
@@ -118,6 +125,13 @@ class FakeRunner:
         self._logits[row] = 0
         self._logits[row, token_id] = 10
         return token_id
+
+    def _read_rows(self, slot: int, start: int, stop: int) -> np.ndarray:
+        shape = (stop - start, 1, 2, 1, self.dims.head_dim)
+        return np.broadcast_to(self.rows[slot, start:stop].reshape(-1, 1, 1, 1, 1), shape).astype(np.float32)
+
+    def _write_rows(self, slot: int, start: int, rows: np.ndarray) -> None:
+        self.rows[slot, start : start + len(rows)] = rows[:, 0, 0, 0, 0].astype(np.int64)
 
     def _copy_row(self, source: int, target: int, length: int) -> None:
         self.rows[target, :length] = self.rows[source, :length]

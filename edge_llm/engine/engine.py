@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from edge_llm.engine.kv_cache import SlotPool
+from edge_llm.engine.kv_cache import SlotContent, SlotPool
 from edge_llm.engine.sampler import Sampler, SamplingParams
 from edge_llm.errors import ContextOverflowError
 
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
     from edge_llm.engine.runner import Runner
 
+# The fewest tokens that a prefill runs at once, but for a prompt that has no more.
+MIN_CHUNK: Final = 2
+
 
 @dataclass(eq=False)
 class GenerationState:
     """One sequence on its way through the engine.
 
     The cache row ``slot`` holds the first ``cached_len`` of ``prompt_ids + output_ids``. The newest output token is not
-    in the cache yet: the next decode step puts it there. ``fault`` is set when choosing a token raised; such a sequence
-    cannot go on.
+    in the cache yet: the next decode step puts it there. The first ``reused_len`` were in the row from the start.
+    ``fault`` is set when choosing a token raised; such a sequence cannot go on.
     """
 
     prompt_ids: list[int]
@@ -30,6 +33,7 @@ class GenerationState:
     slot: int
     stop_token_ids: frozenset[int]
     cached_len: int = 0
+    reused_len: int = 0
     output_ids: list[int] = field(default_factory=list)
     stopped: bool = False
     fault: Exception | None = None
@@ -65,7 +69,7 @@ class Engine:
         self.runner = runner
         self.prefill_chunk = prefill_chunk
         self._stop_token_ids = frozenset(stop_token_ids)
-        self._slots = SlotPool(runner.cache.slots)
+        self.slots = SlotPool(runner.cache.slots)
 
     @property
     def max_seq_len(self) -> int:
@@ -75,15 +79,40 @@ class Engine:
     @property
     def free_slots(self) -> int:
         """How many more sequences can start."""
-        return self._slots.free_count
+        return self.slots.free_count
 
-    def start(self, prompt_ids: Sequence[int], sampling: SamplingParams, max_tokens: int) -> GenerationState:
+    def start(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        *,
+        slot: int | None = None,
+        reused_len: int = 0,
+    ) -> GenerationState:
         """Take a slot for a prompt; ``prefill`` it next.
+
+        Args:
+            prompt_ids: the whole prompt.
+            sampling: how tokens are chosen.
+            max_tokens: the most tokens to generate.
+            slot: which free slot to take; None takes any.
+            reused_len: how many of the prompt's leading tokens that slot holds already. ``MIN_CHUNK`` must be left for
+                ``prefill``.
 
         Raises:
             ContextOverflowError: the prompt and ``max_tokens`` do not fit into the context, or the prompt is empty.
             NoFreeSlotError: every slot is taken.
         """
+        self.check_fits(prompt_ids, max_tokens)
+        sampler = Sampler(sampling, prompt_ids)
+        taken = self.slots.acquire(slot)
+        return GenerationState(
+            list(prompt_ids), max_tokens, sampler, taken, self._stop_token_ids, reused_len, reused_len
+        )
+
+    def check_fits(self, prompt_ids: Sequence[int], max_tokens: int) -> None:
+        """Raises ``ContextOverflowError`` when there is no prompt, or no room for it and ``max_tokens``."""
         if not prompt_ids:
             raise ContextOverflowError("the prompt has no tokens")
         # The last token generated is never fed back, so it needs no place.
@@ -91,22 +120,40 @@ class Engine:
             raise ContextOverflowError(
                 f"{len(prompt_ids)} prompt tokens and max_tokens {max_tokens} exceed the context of {self.max_seq_len}"
             )
-        sampler = Sampler(sampling, prompt_ids)
-        return GenerationState(list(prompt_ids), max_tokens, sampler, self._slots.acquire(), self._stop_token_ids)
 
-    def prefill(self, state: GenerationState) -> None:
-        """Run the next chunk of the prompt; the last one also chooses the first token."""
+    def prefill(self, state: GenerationState, max_chunk: int | None = None) -> None:
+        """Run the next chunk of the prompt; the last one also chooses the first token.
+
+        Args:
+            state: the sequence.
+            max_chunk: the most tokens to run, if fewer than ``prefill_chunk``; at least 3.
+        """
+        token_id = self._run_chunk(state, max_chunk)
+        if state.prefilled:
+            state.accept(self._choose(state, token_id, row=0))
+
+    def extend(self, state: GenerationState, max_chunk: int | None = None) -> bool:
+        """Like ``prefill`` for a prompt that is not complete yet: chooses no token, and leaves out a single last one.
+
+        Returns:
+            False if there was nothing to run.
+        """
+        if len(state.prompt_ids) - state.cached_len < MIN_CHUNK:
+            return False
+        self._run_chunk(state, max_chunk)
+        return True
+
+    def _run_chunk(self, state: GenerationState, max_chunk: int | None) -> int:
         remaining = len(state.prompt_ids) - state.cached_len
-        count = min(remaining, self.prefill_chunk)
+        count = min(remaining, self.prefill_chunk, max_chunk or self.prefill_chunk)
         # Attention over one new token is another kernel than over several, and rounds differently. With no chunk of one
         # token, the cache of a prompt is the same bit for bit however it was cut.
-        if remaining - count == 1 and count > 2:
+        if remaining - count == 1 and count > MIN_CHUNK:
             count -= 1
         chunk = state.prompt_ids[state.cached_len : state.cached_len + count]
         token_id = self.runner.prefill(state.slot, chunk, state.cached_len)
         state.cached_len += len(chunk)
-        if state.prefilled:
-            state.accept(self._choose(state, token_id, row=0))
+        return token_id
 
     def decode(self, states: Sequence[GenerationState]) -> None:
         """Generate one token for each sequence, all of them in one run when their slots are neighbours."""
@@ -123,9 +170,9 @@ class Engine:
                     # The others of the batch must not suffer for one's sampling.
                     state.fault = fault
 
-    def release(self, state: GenerationState) -> None:
-        """Give the sequence's slot back."""
-        self._slots.release(state.slot)
+    def release(self, state: GenerationState, content: SlotContent | None = None) -> None:
+        """Give the sequence's slot back, with what it holds for whoever comes next."""
+        self.slots.release(state.slot, content)
 
     def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams | None = None, max_tokens: int = 256
@@ -158,10 +205,10 @@ class Engine:
         if len(states) < 2:
             return
         by_slot = {state.slot: state for state in states}
-        for source, target in self._slots.compaction(by_slot.keys()):
+        for source, target in self.slots.compaction(by_slot.keys()):
             state = by_slot[source]
             self.runner.cache.copy_row(source, target, state.cached_len)
-            self._slots.move(source, target)
+            self.slots.move(source, target)
             state.slot = target
 
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import onnxruntime as ort
 
 from edge_llm.bundle.manifest import TOKENIZER_FILE
@@ -20,13 +21,13 @@ from edge_llm.engine.prompt import PromptRenderer
 from edge_llm.engine.runner import Runner
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.engine.tokenizer import Tokenizer
-from edge_llm.errors import BundleError, BundleIntegrityError, UnsupportedBundleError
+from edge_llm.errors import BundleError, BundleIntegrityError, ConfigError, UnsupportedBundleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from edge_llm.bundle.manifest import Bundle, Graph
+    from edge_llm.bundle.manifest import Bundle, Graph, PromptTemplate
     from edge_llm.config import Config
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
 
     Raises:
         BundleError: a file is missing, damaged, or not for this runtime, or the answer is wrong.
+        ConfigError: a system prompt is set, and the bundle's template has no place for one.
     """
     report = on_state or (lambda _state: None)
     graph = bundle.manifest.graph(config.engine.target)
@@ -126,9 +128,19 @@ def _load(bundle: Bundle, config: Config, provider: ProviderChoice, graph_path: 
         kv_dtype=manifest.graph(config.engine.target).kv_dtype,
     )
     engine = Engine(runner, manifest.prompt.stop_token_ids, config.engine.prefill_chunk)
-    renderer = PromptRenderer(manifest.prompt, tokenizer)
+    renderer = PromptRenderer(_template(manifest.prompt, config), tokenizer)
     trim_memory()
     return LoadedModel(bundle, engine, tokenizer, renderer, provider, prepared, time.monotonic() - started)
+
+
+def _template(template: PromptTemplate, config: Config) -> PromptTemplate:
+    """The bundle's template, with the system prompt that is configured here."""
+    system_prompt = config.serving.system_prompt
+    if system_prompt is None:
+        return template
+    if template.system is None:
+        raise ConfigError("serving.system_prompt: this bundle's template has no system message; leave it out")
+    return msgspec.structs.replace(template, default_system=system_prompt)
 
 
 def _check_runtime(graph: Graph) -> None:

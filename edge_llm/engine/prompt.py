@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from edge_llm.errors import ManifestError
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from edge_llm.engine.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
+
+# Beginnings of words that share no first character or token: what several prompts have in common before them does not
+# depend on what comes.
+_PROBES: Final = ("a", "Zq", "7", "(", "é")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class PromptRenderer:
         """Whether the template has a place for a system message."""
         return self.template.system is not None
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self._tokenizer.decode(token_ids)
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that ends with a user message, ready for the answer."""
         token_ids: list[int] = []
@@ -72,6 +80,31 @@ class PromptRenderer:
                 plain = ""
         return token_ids + (self._tokenizer.encode(plain) if plain else [])
 
+    def shared_prefix(self, system: str | None = None) -> list[int]:
+        """Token ids that every conversation begins with: all that comes before a user's first words.
+
+        Args:
+            system: of the conversations with this system message; None is the template's default.
+        """
+        head = [] if system is None else [Message("system", system)]
+        return self._common([[*head, Message("user", probe)] for probe in _PROBES])
+
+    def open_prefix(self, history: Sequence[Message], text: str) -> list[int]:
+        """Token ids of a conversation whose last message begins with ``text`` and goes on with another word.
+
+        Args:
+            history: the messages before it.
+            text: whole words; may be empty.
+        """
+        words = f"{text} " if text else ""
+        return self._common([[*history, Message("user", words + probe)] for probe in _PROBES[:3]])
+
+    def _common(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
+        prompts = [self.encode(messages) for messages in conversations]
+        # The first and the last in order differ the earliest.
+        first, last = min(prompts), max(prompts)
+        return first[: common_prefix_length(first, last)]
+
     def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """The prompt as (text, whether it is the template's own) in order."""
         template = self.template
@@ -88,3 +121,11 @@ class PromptRenderer:
             yield message.content.strip() if template.strip_content else message.content, False
             yield pieces.after, True
         yield template.generation_prompt, True
+
+
+def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    shorter = min(len(left), len(right))
+    if left[:shorter] == right[:shorter]:
+        return shorter
+    return next(index for index in range(shorter) if left[index] != right[index])

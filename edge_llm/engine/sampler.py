@@ -32,6 +32,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         """The graph's own arg max is the answer, so logits need not be looked at."""
         return self.temperature < GREEDY_BELOW and self.repetition_penalty == 1.0
 
+    @property
+    def deterministic(self) -> bool:
+        """The same prompt is answered the same way again."""
+        return self.temperature < GREEDY_BELOW or self.seed is not None
+
 
 class Sampler:
     """The state of one sequence's sampling: its random stream and the tokens it has seen.
