@@ -21,6 +21,7 @@ from edge_llm.device.memory import limit_malloc_arenas
 from edge_llm.engine.loading import LoadedModel, load_model
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.gateway import Gateway
+from edge_llm.serving.caches import Caches, open_caches
 from edge_llm.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def serve(config: Config, bundle: Bundle) -> int:
         try:
             gateway.set_state("loading", bundle=bundle.manifest.name)
             gateway.start()
-            scheduler = _start_scheduler(config, bundle, gateway, metrics)
+            scheduler, caches = _start_scheduler(config, bundle, gateway, metrics)
             stop.arm()
         except _StopRequested:
             gateway.close(CLOSE_TIMEOUT_S)
@@ -67,16 +68,18 @@ def serve(config: Config, bundle: Bundle) -> int:
         if not scheduler.drain(config.serving.drain_timeout_s, hurry=stop.hurry):
             _log.warning("some queries did not finish and were cancelled")
         gateway.close(CLOSE_TIMEOUT_S)
+        caches.close()
     return 0
 
 
-def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: Metrics) -> Scheduler:
+def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: Metrics) -> tuple[Scheduler, Caches]:
     def report(state: Any) -> None:
         gateway.set_state(state, bundle=bundle.manifest.name)
 
     model = load_model(bundle, config, on_state=report)
     generation = bundle.manifest.generation
-    scheduler = Scheduler(model.engine, model.tokenizer, model.renderer, generation, config.serving)
+    caches = open_caches(model, config, metrics)
+    scheduler = Scheduler(model.engine, model.tokenizer, model.renderer, generation, config.serving, caches)
     for name in ("queued", "active", "sessions"):
         metrics.gauge(name, lambda name=name: scheduler.load[name])  # type: ignore[misc]
     # What has been loaded stays: the collector need not look at it again, which would cost milliseconds each time.
@@ -96,7 +99,7 @@ def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: 
             "broker": f"{config.mqtt.host}:{config.mqtt.port}",
         },
     )
-    return scheduler
+    return scheduler, caches
 
 
 def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
             "max_payload_bytes": config.serving.max_payload_bytes,
             "max_tokens": config.serving.max_tokens,
         },
-        "features": ["stream", "cancel", "supersedes", "session", "priority", "deadline", "pool"],
+        "features": _features(config),
         "versions": {
             "edge_llm": __version__,
             "contract": 1,
@@ -137,6 +140,16 @@ def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _features(config: Config) -> list[str]:
+    optional = {
+        "partials": config.cache.prefix and config.prefetch.partials,
+        "speculation": config.cache.prefix and config.prefetch.speculation,
+        "response_cache": config.cache.responses,
+    }
+    always = ["stream", "cancel", "supersedes", "session", "priority", "deadline", "pool"]
+    return always + [name for name, used in optional.items() if used]
 
 
 class _StopFlag:

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 class Scheduler(Protocol):
-    """What the gateway needs of serving/scheduler.py. Both calls are thread-safe and do not block."""
+    """What the gateway needs of serving/scheduler.py. The calls are thread-safe and do not block."""
 
     def submit(self, request: Request) -> None:
         """Take a request. A refusal comes through ``request.on_event`` as ``Failed``; nothing is raised."""
 
     def cancel(self, user: str, request_id: str, /) -> bool:
         """End a queued or running request as cancelled. False if there is none of that user and id."""
+
+    def partial(self, user: str, utterance: str, seq: int, text: str, session: str | None) -> bool:
+        """Take a transcript that is still growing. False if it is stale."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Admitted:
             session=query.session,
             deadline_at=self.deadline_at,
             priority=query.priority,
+            utterance=query.utterance,
+            cache=query.cache,
         )
 
     def cancelled(self, now: float) -> Final:

@@ -192,8 +192,7 @@ class Gateway:
             elif route.kind == "feedback":
                 self._on_feedback(Feedback.parse(fields), route)
             else:
-                Partial.parse(fields)
-                self._metrics.count("partials_accepted")
+                self._on_partial(Partial.parse(fields), route)
         except RequestError as refusal:
             self._refuse(message_id, address, incoming, route, refusal)
         except Exception:  # a fault of ours costs this one message
@@ -301,6 +300,11 @@ class Gateway:
             self._seen.finish(key, keep=not event.error.retriable)
             return
         self._metrics.count(f"finals_{event.finish_reason}")
+        self._metrics.count(f"source_{event.source}")
+        if event.usage.cached_from is not None:
+            self._metrics.count(f"cached_from_{event.usage.cached_from}")
+        self._metrics.count("prompt_tokens", event.usage.prompt_tokens)
+        self._metrics.count("cached_tokens", event.usage.cached_tokens)
         self._metrics.observe("queue_ms", event.timing.queue_ms)
         self._metrics.observe("prefill_ms", event.timing.prefill_ms)
         if event.timing.ttft_ms is not None:
@@ -308,7 +312,15 @@ class Gateway:
         self._metrics.observe("total_ms", event.timing.total_ms)
         self._seen.finish(key, keep=True)
 
-    # -- cancel and feedback ------------------------------------------------------------------------------------------
+    # -- partials, cancel and feedback --------------------------------------------------------------------------------
+
+    def _on_partial(self, partial: Partial, route: Route) -> None:
+        scheduler = self._scheduler
+        if scheduler is None or self._state != "online":
+            self._metrics.count("partials_dropped")
+            return
+        taken = scheduler.partial(route.user, partial.utterance, partial.seq, partial.text, partial.session)
+        self._metrics.count("partials_accepted" if taken else "partials_stale")
 
     def _on_cancel(self, cancel: Cancel, route: Route) -> None:
         # In a pool the owner acts and the others know nothing of the query, so nobody says 404.

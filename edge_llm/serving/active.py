@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING
 from edge_llm.serving.request import Delta, Event, Failed, Final, Timing, Usage
 
 if TYPE_CHECKING:
+    from edge_llm.cache.reuse import Started
     from edge_llm.engine.engine import GenerationState
     from edge_llm.engine.text_stream import TextStream
     from edge_llm.errors import RequestError
-    from edge_llm.serving.request import FinishReason, Request
+    from edge_llm.serving.request import FinishReason, Request, Source
 
 _log = logging.getLogger(__name__)
 
 
 class ActiveRequest:
-    """Joins a request with its ``GenerationState``. Times are ``time.monotonic()`` seconds.
+    """Joins a request with its sequence. Times are ``time.monotonic()`` seconds.
+
+    ``source`` is ``prefetch`` if the sequence was begun before the query came; ``history`` is the digest of its session
+    as it was when the query began.
 
     Args:
         request: what was asked.
@@ -29,11 +33,18 @@ class ActiveRequest:
     def __init__(self, request: Request, started_at: float, text: TextStream) -> None:
         self.request = request
         self.started_at = started_at
-        self.state: GenerationState | None = None
+        self.started: Started | None = None
+        self.source: Source = "model"
+        self.history = b""
         self.text = text
         self.first_token_at: float | None = None
         self._first_text_at: float | None = None
         self._taken = 0
+
+    @property
+    def state(self) -> GenerationState | None:
+        """The sequence, once it has a slot."""
+        return None if self.started is None else self.started.state
 
     @property
     def prefilled(self) -> bool:
@@ -57,23 +68,30 @@ class ActiveRequest:
         """The terminal event, after the text that was held back."""
         self._emit(self.text.finish())
         now = time.monotonic()
-        state = self.state
         received_at = self.request.received_at
         prefill_end = self.first_token_at or now
         return Final(
             text=self.text.text,
             finish_reason=reason,
-            usage=Usage(
-                prompt_tokens=len(state.prompt_ids) if state else 0,
-                completion_tokens=len(state.output_ids) if state else 0,
-            ),
+            usage=self._usage(),
             timing=Timing(
                 queue_ms=(self.started_at - received_at) * 1e3,
                 prefill_ms=(prefill_end - self.started_at) * 1e3,
                 ttft_ms=None if self._first_text_at is None else (self._first_text_at - received_at) * 1e3,
                 total_ms=(now - received_at) * 1e3,
             ),
+            source=self.source,
         )
+
+    def _usage(self) -> Usage:
+        if self.started is None:
+            return Usage()
+        state = self.started.state
+        prompt_tokens = len(state.prompt_ids)
+        if self.source == "prefetch":
+            return Usage(prompt_tokens, prompt_tokens, "partial", len(state.output_ids))
+        cached_from = self.started.cached_from if state.reused_len else None
+        return Usage(prompt_tokens, state.reused_len, cached_from, len(state.output_ids))
 
     def _emit(self, text: str) -> None:
         if not text:

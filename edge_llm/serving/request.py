@@ -17,6 +17,7 @@ __all__ = ["Delta", "Event", "Failed", "Final", "Message", "Request", "Timing", 
 
 Priority = Literal["interactive", "background"]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+CacheUse = Literal["use", "bypass"]
 Source = Literal["model", "response_cache", "prefetch"]
 
 
@@ -79,6 +80,8 @@ class Request:
         stop: strings that end the answer and are not part of it.
         received_at: when the query was read from the socket: the clock of ``Timing``.
         deadline_at: when the answer is worth nothing any more, or None.
+        utterance: the partials that led to it had this name.
+        cache: ``bypass`` neither uses nor leaves anything in a cache.
         on_event: called from the engine thread (or from the caller of ``submit`` for a refusal); it must not block.
             The last call has a ``Final`` or a ``Failed``, and there is exactly one of those.
     """
@@ -94,6 +97,8 @@ class Request:
     session: str | None = None
     deadline_at: float | None = None
     priority: Priority = "interactive"
+    utterance: str | None = None
+    cache: CacheUse = "use"
 
     @property
     def key(self) -> tuple[str, str]:

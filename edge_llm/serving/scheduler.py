@@ -1,7 +1,8 @@
 """One engine thread: admit → prefill a chunk → decode a batch → deliver, and again.
 
 Requests wait in a fair queue, take a slot, are prefilled chunk by chunk, then decode together with every other active
-request, one token a step. They join and leave between steps; cancels and deadlines act there too.
+request, one token a step. They join and leave between steps; cancels and deadlines act there too. While there is
+nothing to do, prefetch.py works ahead, one small unit at a time.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from edge_llm.device.memory import trim_memory
 from edge_llm.engine.prompt import Message
+from edge_llm.engine.sampler import SamplingParams
 from edge_llm.engine.text_stream import TextStream
 from edge_llm.errors import RequestError
 from edge_llm.serving.active import ActiveRequest, deliver, refuse
+from edge_llm.serving.caches import Caches, no_caches
+from edge_llm.serving.prefetch import Prefetcher
 from edge_llm.serving.queue import FairQueue
-from edge_llm.serving.request import Final, Timing, Usage
+from edge_llm.serving.request import Delta, Final, Timing, Usage
 from edge_llm.serving.sessions import SessionStore, too_long
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ class Scheduler:
         renderer: encodes conversations.
         defaults: what a request that sets no ``max_tokens`` gets.
         config: the bounds.
+        caches: what is remembered of earlier work; None is nothing.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Scheduler:
         renderer: PromptRenderer,
         defaults: GenerationDefaults,
         config: ServingConfig,
+        caches: Caches | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -68,6 +74,18 @@ class Scheduler:
             idle_s=config.session_idle_s,
             max_sessions=config.max_sessions,
         )
+        self._caches = caches or no_caches(engine)
+        self._reuse = self._caches.reuse
+        sampling = SamplingParams(
+            temperature=defaults.temperature,
+            top_k=defaults.top_k,
+            top_p=defaults.top_p,
+            min_p=defaults.min_p,
+            repetition_penalty=defaults.repetition_penalty,
+        )
+        self._prefetch = Prefetcher(self._caches, self._sessions, sampling)
+        self._answered: deque[Request] = deque()  # from the response cache, for prefetch to learn from
+        self._news = False  # something has come that prefetch has not looked at
         self._queue = FairQueue(config.max_queued, config.max_queued_per_user)
         self._active: list[ActiveRequest] = []
         self._cancelled: set[tuple[str, str]] = set()
@@ -83,8 +101,10 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queue a request. A refusal arrives through ``request.on_event``; nothing is raised."""
+        """Queue a request, or answer it at once. A refusal arrives through ``request.on_event``; nothing is raised."""
         try:
+            if self._answer_from_cache(request):
+                return
             with self._changed:
                 if self._draining:
                     raise RequestError(503, "this device is shutting down: ask again in a moment", retry_after_ms=2000)
@@ -104,6 +124,15 @@ class Scheduler:
                 self._cancelled.add(key)
                 self._changed.notify()
         return known
+
+    def partial(self, user: str, utterance: str, seq: int, text: str, session: str | None) -> bool:
+        """Take a transcript that is still growing: it is prefilled while nothing else runs. False if it is stale."""
+        taken = self._prefetch.partial(user, utterance, seq, text, session)
+        if taken:
+            with self._changed:
+                self._news = True
+                self._changed.notify()
+        return taken
 
     @property
     def load(self) -> dict[str, int]:
@@ -133,19 +162,27 @@ class Scheduler:
 
     # --- the engine thread -----------------------------------------------------------------------------------------
 
+    def _answer_from_cache(self, request: Request) -> bool:
+        """Answer on the caller's thread: the engine's may be in the middle of a chunk."""
+        # In a session the answer depends on the turns before, which only the engine's thread knows.
+        if self._caches.answers is None or request.session is not None:
+            return False
+        found = self._caches.answers.find(request)
+        if found is None:
+            return False
+        with self._changed:
+            if self._draining:
+                return False
+            self._answered.append(request)
+            self._news = True
+            self._changed.notify()
+        deliver(request, Delta(found.text))
+        deliver(request, found)
+        return True
+
     def _run(self) -> None:
         while True:
-            with self._changed:
-                trimmed = False
-                while not (self._queue or self._active or self._stopping):
-                    woken = self._changed.wait(timeout=IDLE_TICK_S if trimmed else _TRIM_AFTER_S)
-                    if not woken and not trimmed:
-                        trim_memory()
-                        trimmed = True
-                    self._sessions.expire(time.monotonic())
-                if self._stopping:
-                    self._cancelled |= {request.key for request in self._queue}
-                    self._cancelled |= {active.request.key for active in self._active}
+            self._prefetch_until_needed()
             try:
                 self._step()
             except Exception:
@@ -156,7 +193,40 @@ class Scheduler:
                 if not self._queue and not self._active:
                     self._changed.notify_all()  # drain waits for this
                     if self._stopping:
+                        self._prefetch.close()
                         return
+
+    def _prefetch_until_needed(self) -> None:
+        """Work ahead, or wait, until there is a query or the end."""
+        trimmed = worked = False
+        while True:
+            with self._changed:
+                if not (self._queue or self._active or self._stopping or worked or self._news):
+                    longest_s = IDLE_TICK_S if trimmed else _TRIM_AFTER_S
+                    woken = self._changed.wait(self._prefetch.due_in_s(longest_s))
+                    if not woken and not trimmed:
+                        trim_memory()
+                        trimmed = True
+                self._news = False
+                if self._stopping:
+                    self._cancelled |= {request.key for request in self._queue}
+                    self._cancelled |= {active.request.key for active in self._active}
+                if self._queue or self._active or self._stopping:
+                    return
+            self._sessions.expire(time.monotonic())
+            worked = self._prefetch_step()
+
+    def _prefetch_step(self) -> bool:
+        try:
+            while self._answered:
+                request = self._answered.popleft()
+                self._prefetch.query_began(request)
+                self._prefetch.query_ended(request)
+            return self._prefetch.step()
+        except Exception:
+            _log.exception("a fault in prefetch: what was warm is dropped, and nothing is prefetched for a while")
+            self._prefetch.recover()
+            return False
 
     def _step(self) -> None:
         self._end_unwanted()
@@ -184,8 +254,8 @@ class Scheduler:
                 self._end(active, "deadline")
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests."""
-        while self._engine.free_slots:
+        """Give free slots to waiting requests; what was only guessed makes room."""
+        while self._engine.free_slots or (len(self._queue) and self._prefetch.give_slot()):
             with self._changed:
                 running = Counter(active.request.user for active in self._active)
                 request = self._queue.pop(running, self._eligible)
@@ -216,6 +286,13 @@ class Scheduler:
         request = active.request
         if any(message.role == "system" for message in request.messages) and not self._renderer.supports_system:
             raise RequestError(400, "this model's template has no system message: put its text into the user message")
+        active.history = self._sessions.digest(request.user, request.session)
+        self._prefetch.query_began(request)
+        if request.session is not None and self._caches.answers is not None:
+            found = self._caches.answers.find(request, active.history)
+            if found is not None:
+                self._end_found(active, found)
+                return
         context = self._engine.max_seq_len
         # An explicit max_tokens is kept or refused; the default gives way to a long prompt.
         room = context - (request.max_tokens or 1)
@@ -226,7 +303,15 @@ class Scheduler:
         if len(prompt_ids) > room:
             raise too_long(len(prompt_ids), room)
         max_tokens = request.max_tokens or min(self._default_max_tokens, context - len(prompt_ids))
-        active.state = self._engine.start(prompt_ids, request.sampling, max_tokens)
+        active.started = self._prefetch.release_guess(request, room, max_tokens)
+        if active.started is None:
+            bypass = request.cache == "bypass"
+            active.started = self._reuse.start(request.user, prompt_ids, request.sampling, max_tokens, bypass=bypass)
+            return
+        active.source = "prefetch"
+        if active.prefilled:
+            active.first_token_at = time.monotonic()
+            self._advance(active)
 
     def _prefill(self) -> None:
         """One chunk of the request that has waited longest for its prefill."""
@@ -276,18 +361,30 @@ class Scheduler:
 
     def _end(self, active: ActiveRequest, reason: FinishReason) -> None:
         final = active.finish(reason)
+        if self._caches.answers is not None:
+            self._caches.answers.keep(active.request, final, active.history)
+        self._conclude(active, final)
+
+    def _end_found(self, active: ActiveRequest, final: Final) -> None:
+        """The answer was in the response cache."""
+        deliver(active.request, Delta(final.text))
+        self._conclude(active, final)
+
+    def _conclude(self, active: ActiveRequest, final: Final) -> None:
         request = active.request
         if request.session is not None and final.text:
             # What was said aloud before an interruption is part of the conversation too.
             answer = Message("assistant", final.text)
             self._sessions.add_turn(request.user, request.session, request.messages[-1], answer, time.monotonic())
-        self._drop(active)
+        self._drop(active, keep=request.cache == "use")
         deliver(request, final)
+        if final.text:
+            self._prefetch.query_ended(request)
 
     def _fail(self, active: ActiveRequest, fault: Exception) -> None:
         extra = {"user": active.request.user, "id": active.request.id}
         _log.error("a fault in the engine", exc_info=fault, extra=extra)
-        self._drop(active)
+        self._drop(active, keep=False)
         refuse(active.request, RequestError(500, "a fault in the daemon; it is in the device's log"))
 
     def _fail_all(self) -> None:
@@ -295,18 +392,18 @@ class Scheduler:
         with self._changed:
             waiting = self._queue.remove_where(lambda _request: True)
         for active in list(self._active):
-            self._drop(active)
+            self._drop(active, keep=False)
             refuse(active.request, error)
         for request in waiting:
             refuse(request, error)
 
-    def _drop(self, active: ActiveRequest) -> None:
+    def _drop(self, active: ActiveRequest, *, keep: bool = True) -> None:
         with self._changed:
             self._active.remove(active)
             # A cancel that came too late must not meet a later request of the same id.
             self._cancelled.discard(active.request.key)
-        if active.state is not None:
-            self._engine.release(active.state)
+        if active.started is not None:
+            self._reuse.release(active.started, keep=keep)
 
 
 def _expired(request: Request, now: float) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from edge_llm.engine.prompt import Message
 from edge_llm.errors import RequestError
@@ -39,7 +42,7 @@ class SessionStore:
     """
 
     def __init__(self, renderer: PromptRenderer, *, max_tokens: int, idle_s: float, max_sessions: int) -> None:
-        self._renderer = renderer
+        self.renderer = renderer
         self._max_tokens = max_tokens
         self._idle_s = idle_s
         self._max_sessions = max_sessions
@@ -58,21 +61,53 @@ class SessionStore:
             RequestError: 413, the new messages alone do not fit.
         """
         self.expire(now)
-        session = self._sessions.get((user, name))
-        turns = session.turns if session else []
-        token_ids = self._renderer.encode(new)
+        token_ids = self.renderer.encode(new)
         if len(token_ids) > room:
             raise too_long(len(token_ids), room)
+        turns = self._turns(user, name)
         # Counts of single turns tell where to begin; only then is a whole conversation rendered. They add up exactly
         # where special tokens separate the turns, and nearly so elsewhere, hence the loop.
         first_turn = _first_fitting([turn.token_count for turn in turns], room - len(token_ids))
         while first_turn < len(turns):
-            history = [message for turn in turns[first_turn:] for message in (turn.question, turn.answer)]
-            candidate = self._renderer.encode([*history, *new])
+            candidate = self.renderer.encode([*_messages(turns[first_turn:]), *new])
             if len(candidate) <= room:
                 return candidate
             first_turn += 1
         return token_ids
+
+    def open_prompt(self, user: str, name: str | None, text: str, room: int) -> list[int]:
+        """The beginning of the prompt of a question that begins with ``text`` and goes on, as far as it is certain.
+
+        Args:
+            user: who asks.
+            name: the session; None for a question of its own.
+            text: whole words; may be empty.
+            room: for the prompt that it will become.
+        """
+        turns = self._turns(user, name) if name is not None else []
+        said = len(self.renderer.open_prefix([], text))
+        first_turn = _first_fitting([turn.token_count for turn in turns], room - said)
+        return self.renderer.open_prefix(_messages(turns[first_turn:]), text)
+
+    def expected_prompt(self, user: str, name: str | None, question: Message, room: int, now: float) -> list[int]:
+        """The prompt of a question, in a session or of its own. Raises as ``prompt`` does."""
+        if name is not None:
+            return self.prompt(user, name, [question], room, now)
+        token_ids = self.renderer.encode([question])
+        if len(token_ids) > room:
+            raise too_long(len(token_ids), room)
+        return token_ids
+
+    def digest(self, user: str, name: str | None) -> bytes:
+        """A hash of everything before a question that its answer depends on; empty without a session."""
+        if name is None:
+            return b""
+        said = [[turn.question.content, turn.answer.content] for turn in self._turns(user, name)]
+        return hashlib.blake2b(msgspec.json.encode(said), digest_size=16).digest()
+
+    def _turns(self, user: str, name: str) -> list[_Turn]:
+        session = self._sessions.get((user, name))
+        return session.turns if session else []
 
     def add_turn(self, user: str, name: str, question: Message, answer: Message, now: float) -> None:
         """Remember a turn; the oldest ones are dropped beyond ``max_tokens``."""
@@ -101,7 +136,11 @@ class SessionStore:
 
     def _count_turn(self, question: Message, answer: Message) -> int:
         """Tokens that a turn adds to a prompt."""
-        return len(self._renderer.encode([question, answer])) - self._empty_count
+        return len(self.renderer.encode([question, answer])) - self._empty_count
+
+
+def _messages(turns: Sequence[_Turn]) -> list[Message]:
+    return [message for turn in turns for message in (turn.question, turn.answer)]
 
 
 def _first_fitting(counts: Sequence[int], room: int) -> int:

@@ -44,11 +44,17 @@ class FakeScheduler:
         self.submitted: queue.Queue[Request] = queue.Queue()
         self.cancelled: queue.Queue[tuple[str, str]] = queue.Queue()
         self.count = 0
+        self.partials: list[tuple[str, str, int, str, str | None]] = []
         self._running: dict[tuple[str, str], Request] = {}
         self._lock = threading.Lock()
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._engine, daemon=True)
         self._thread.start()
+
+    def partial(self, user: str, utterance: str, seq: int, text: str, session: str | None) -> bool:
+        stale = any(known[:2] == (user, utterance) and known[2] > seq for known in self.partials)
+        self.partials.append((user, utterance, seq, text, session))
+        return not stale
 
     def submit(self, request: Request) -> None:
         self.count += 1

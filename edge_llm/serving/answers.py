@@ -1,0 +1,81 @@
+"""Whole answers from the response cache: which queries may have one, and what they are filed under."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edge_llm.cache.normalise import normalise
+from edge_llm.cache.response_cache import CachedResponse, response_key
+from edge_llm.engine.prompt import Message
+from edge_llm.serving.request import Final, Timing, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edge_llm.cache.response_cache import ResponseCache
+    from edge_llm.engine.sampler import SamplingParams
+    from edge_llm.serving.request import Request
+
+Settings = tuple["SamplingParams", "int | None", tuple[str, ...]]
+
+
+class Answers:
+    """Finds and keeps answers of deterministic queries. Thread-safe, as the response cache is.
+
+    Args:
+        responses: where they are kept.
+        default_max_tokens: what a query that names no ``max_tokens`` gets.
+    """
+
+    def __init__(self, responses: ResponseCache, default_max_tokens: int) -> None:
+        self._responses = responses
+        self._default_max_tokens = default_max_tokens
+
+    def find(self, request: Request, history: bytes = b"") -> Final | None:
+        """The answer to the same question with the same settings after the same ``history`` (a digest), or None."""
+        if not _cacheable(request):
+            return None
+        settings = (request.sampling, request.max_tokens, request.stop)
+        found = self._responses.find(request.user, self._key(request.messages, request.session, settings, history))
+        if found is None:
+            return None
+        elapsed_ms = (time.monotonic() - request.received_at) * 1e3
+        return Final(
+            text=found.text,
+            finish_reason="stop" if found.finish_reason == "stop" else "length",
+            usage=Usage(found.prompt_tokens, found.prompt_tokens, None, found.completion_tokens),
+            timing=Timing(queue_ms=elapsed_ms, prefill_ms=0.0, ttft_ms=elapsed_ms, total_ms=elapsed_ms),
+            source="response_cache",
+        )
+
+    def keep(self, request: Request, final: Final, history: bytes = b"") -> None:
+        """Remember a complete answer."""
+        if final.finish_reason not in ("stop", "length") or not final.text or not _cacheable(request):
+            return
+        usage = final.usage
+        response = CachedResponse(final.text, final.finish_reason, usage.prompt_tokens, usage.completion_tokens)
+        settings = (request.sampling, request.max_tokens, request.stop)
+        self._responses.put(request.user, self._key(request.messages, request.session, settings, history), response)
+
+    def has(self, user: str, session: str | None, text: str, settings: Settings, history: bytes) -> bool:
+        """Whether a question of one message would be found."""
+        key = self._key([Message("user", text)], session, settings, history)
+        return self._responses.holds(user, key)
+
+    def _key(self, messages: Sequence[Message], session: str | None, settings: Settings, history: bytes) -> bytes:
+        sampling, max_tokens, stop = settings
+        every = msgspec.to_builtins(sampling)
+        every["max_tokens"] = max_tokens or self._default_max_tokens
+        every["stop"] = list(stop)
+        every["session"] = session is not None
+        said = [(message.role, message.content) for message in messages]
+        return response_key(messages=said, settings=every, history=history)
+
+
+def _cacheable(request: Request) -> bool:
+    """Only what would be answered the same way again, and says something."""
+    deterministic = request.sampling.deterministic
+    return request.cache == "use" and deterministic and bool(normalise(request.messages[-1].content))

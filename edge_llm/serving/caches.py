@@ -1,0 +1,151 @@
+"""Everything that remembers, put together: built once at start, closed at the end."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import onnxruntime as ort
+
+from edge_llm.bundle.prefix_file import read_prefix_file, shipped_prefix_key, snapshot_key
+from edge_llm.cache.popularity import Popularity
+from edge_llm.cache.prefix_cache import PrefixCache
+from edge_llm.cache.prefix_lint import PrefixLint
+from edge_llm.cache.response_cache import ResponseCache
+from edge_llm.cache.reuse import PrefixReuse
+from edge_llm.cache.state_db import StateDb, state_path
+from edge_llm.cache.store import SNAPSHOT_FOLDER, SnapshotStore
+from edge_llm.config import PrefetchConfig, cache_dir
+from edge_llm.device.cpu import cpu_features
+from edge_llm.device.power import PowerGate
+from edge_llm.errors import EdgeLlmError
+from edge_llm.metrics import Metrics
+from edge_llm.serving.answers import Answers
+
+if TYPE_CHECKING:
+    from edge_llm.bundle.prefix_file import PrefixKV
+    from edge_llm.cache.prefix_cache import Origin
+    from edge_llm.config import Config
+    from edge_llm.engine.engine import Engine
+    from edge_llm.engine.loading import LoadedModel
+
+_log = logging.getLogger(__name__)
+
+_FLUSH_TIMEOUT_S: Final = 5.0
+
+
+@dataclass
+class Caches:
+    """What the scheduler and prefetch remember with. Every part but ``reuse`` may be absent."""
+
+    reuse: PrefixReuse
+    prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
+    answers: Answers | None = None
+    popularity: Popularity | None = None
+    lint: PrefixLint | None = None
+    snapshots: SnapshotStore | None = None
+    power: PowerGate | None = None
+    db: StateDb | None = None
+
+    def close(self) -> None:
+        """Write what is still waiting to be written."""
+        if self.snapshots is not None:
+            self.snapshots.close(_FLUSH_TIMEOUT_S)
+        if self.db is not None:
+            self.db.flush(_FLUSH_TIMEOUT_S)
+            self.db.close()
+
+
+def no_caches(engine: Engine) -> Caches:
+    """Nothing is remembered; every prompt starts cold."""
+    return Caches(PrefixReuse(engine, None, [], Metrics(), enabled=False))
+
+
+def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
+    """Open what the configuration allows, and load the prefixes that are on disk or came with the bundle.
+
+    Nothing on the disk can keep the daemon from starting: what is damaged or foreign is a miss.
+    """
+    settings = config.cache
+    folder = cache_dir(config)
+    engine = model.engine
+    tree = PrefixCache(engine.runner.cache.token_nbytes, settings.max_bytes, settings.max_entries)
+    heads = _shared_prefixes(model, config) if settings.prefix else []
+    caches = Caches(
+        PrefixReuse(engine, tree if settings.prefix else None, heads, metrics, enabled=settings.prefix),
+        config.prefetch,
+        power=PowerGate(config.prefetch.on_battery, config.prefetch.max_temperature_c),
+    )
+    caches.db = StateDb.open(state_path(folder))
+    scope = _scope(model, config)
+    if settings.responses:
+        responses = ResponseCache(
+            caches.db, scope=scope, max_entries=settings.max_responses, max_bytes=settings.max_response_bytes
+        )
+        default_max_tokens = min(model.bundle.manifest.generation.max_tokens, config.serving.max_tokens)
+        caches.answers = Answers(responses, default_max_tokens)
+        metrics.gauge("responses_kept", lambda: responses.entries)
+    if config.prefetch.popularity:
+        caches.popularity = Popularity(caches.db)
+    if settings.prefix:
+        caches.lint = PrefixLint(caches.db)
+        metrics.gauge("prefix_cache_bytes", lambda: tree.nbytes)
+        metrics.gauge("prefix_cache_entries", lambda: tree.entries)
+        metrics.gauge("prefix_cache_evicted", lambda: tree.evicted)
+        _load_shipped(model, config, caches)
+        if settings.snapshots:
+            manifest = model.bundle.manifest
+            kv_dtype = manifest.graph(config.engine.target).kv_dtype
+            key = snapshot_key(scope, kv_dtype, ort.__version__, cpu_features())
+            caches.snapshots = SnapshotStore(
+                folder / SNAPSHOT_FOLDER, key, manifest.model, kv_dtype, settings.max_bytes
+            )
+            for prefix in caches.snapshots.load_all():
+                _pin(caches, prefix, "snapshot")
+    return caches
+
+
+def _scope(model: LoadedModel, config: Config) -> str:
+    """Names everything that an answer depends on beside its own query."""
+    template = model.renderer.template
+    template_json = msgspec.json.encode(template).decode()
+    return snapshot_key(model.bundle.digest, config.engine.target, template_json, str(model.engine.max_seq_len))
+
+
+def _shared_prefixes(model: LoadedModel, config: Config) -> list[list[int]]:
+    heads = [model.renderer.shared_prefix()]
+    if model.renderer.supports_system:
+        heads += [model.renderer.shared_prefix(system) for system in config.cache.pinned_system_prompts]
+    elif config.cache.pinned_system_prompts:
+        _log.warning("this model's template has no system message: cache.pinned_system_prompts is not used")
+    # What is left out: a head that begins another one, or has hardly any tokens.
+    room = model.engine.max_seq_len - 1
+    return [head for head in heads if 2 <= len(head) <= room]
+
+
+def _load_shipped(model: LoadedModel, config: Config, caches: Caches) -> None:
+    """The prefix that the bundle brings, if it is the one that is used here."""
+    manifest = model.bundle.manifest
+    graph = manifest.graph(config.engine.target)
+    if graph.prefix_file is None:
+        return
+    try:
+        path = model.bundle.verified_path(graph.prefix_file)
+        key = shipped_prefix_key(manifest, graph.target)
+        prefix = read_prefix_file(path, key, manifest.model, graph.kv_dtype)
+    except (EdgeLlmError, OSError) as error:
+        _log.warning("the bundle's prefix is not used: %s", error)
+        return
+    _pin(caches, prefix, "bundle")
+
+
+def _pin(caches: Caches, prefix: PrefixKV, origin: Origin) -> None:
+    """Put a prefix into the cache if it is still everybody's: the system prompt may have been changed."""
+    tokens = list(prefix.token_ids)
+    tree = caches.reuse.tree
+    if tree is None or tokens not in caches.reuse.shared_prefixes:
+        return
+    tree.insert_prefix(None, tokens, len(tokens), lambda start, stop: prefix.kv[start:stop].copy(), origin=origin)
+    caches.reuse.pin(tokens)

@@ -1,0 +1,375 @@
+"""The work that is done before a query has come. One unit at a time, only while no query runs or waits.
+
+A unit is one prefill chunk, one decode step or one copy; the scheduler looks for queries after each. In order:
+
+1. the transcript that is growing: its words so far are prefilled into a warm slot;
+2. a transcript that looks final: its answer is generated ahead (speculation.py);
+3. sessions: the next turn's prompt, as far as it is known when an answer has ended;
+4. what slots hold and the prefix cache does not;
+5. prompt heads that everybody shares, and their snapshots;
+6. what each user asks often.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from edge_llm.bundle.prefix_file import PrefixKV
+from edge_llm.cache.normalise import normalise
+from edge_llm.engine.engine import MIN_CHUNK
+from edge_llm.engine.prompt import Message
+from edge_llm.errors import CacheIntegrityError, EngineError, RequestError
+from edge_llm.serving.pacing import ChunkPacer, TokenBudget
+from edge_llm.serving.speculation import Guess, Speculator
+from edge_llm.serving.utterances import Utterance, Utterances
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from edge_llm.cache.reuse import Started
+    from edge_llm.engine.sampler import SamplingParams
+    from edge_llm.serving.caches import Caches
+    from edge_llm.serving.request import Request
+    from edge_llm.serving.sessions import SessionStore
+
+_log = logging.getLogger(__name__)
+
+_MAX_USERS: Final = 256
+_MAX_SESSIONS_TO_WARM: Final = 16
+_POPULAR_PER_USER: Final = 4
+_POPULAR_USERS: Final = 8
+_POPULAR_INTERVAL_S: Final = 60.0
+_INTEGRITY_INTERVAL_S: Final = 60.0
+_POWER_RETRY_S: Final = 5.0
+_SUSPENSION_S: Final = 60.0
+_SHORTEST_WAIT_S: Final = 0.01
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a user asks: the settings of their latest query, which the next one is likely to have, too."""
+
+    sampling: SamplingParams
+    max_tokens: int | None
+    stop: tuple[str, ...]
+
+
+class Prefetcher:
+    """Plans and runs prefetch. All but ``partial`` belongs to the engine's thread. Times: ``time.monotonic()`` seconds.
+
+    Args:
+        caches: where prefixes are found and kept, what to learn from, and what is allowed.
+        sessions: the turns before an utterance.
+        sampling: of a user who has not asked yet.
+        clock: for tests.
+    """
+
+    def __init__(
+        self,
+        caches: Caches,
+        sessions: SessionStore,
+        sampling: SamplingParams,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._caches = caches
+        self._reuse = reuse = caches.reuse
+        self._engine = reuse.engine
+        self._sessions = sessions
+        self._config = config = caches.prefetch
+        self._clock = clock
+        self._utterances = Utterances(config.warm_s)
+        self._pacer = ChunkPacer(self._engine.prefill_chunk, config.max_pause_ms)
+        self._budget = TokenBudget(config.max_tokens_per_s, clock)
+        self._manners: OrderedDict[str, _Manner] = OrderedDict()
+        self._default_manner = _Manner(sampling, None, ())
+        # A slot at least stays for whoever speaks next.
+        self._speculator = Speculator(
+            self._engine, reuse, config.max_speculative_tokens, max_held=max(1, self._engine.slots.count - 1)
+        )
+        self._sessions_to_warm: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._heads = list(reuse.shared_prefixes) if reuse.tree is not None else []
+        self._systems: deque[tuple[str, str]] = deque(maxlen=_MAX_USERS)  # to be looked at by the prefix lint
+        self._popular: list[tuple[str, str]] = []
+        self._popular_due = clock()
+        self._integrity_due = clock() + _INTEGRITY_INTERVAL_S
+        self._suspended_until = 0.0
+
+    # --- from any thread ---------------------------------------------------------------------------------------------
+
+    def partial(self, user: str, utterance: str, seq: int, text: str, session: str | None) -> bool:
+        """Take a transcript that is still growing. False if it is stale."""
+        return self._utterances.update(user, utterance, seq, text, session, self._clock())
+
+    # --- what queries tell -------------------------------------------------------------------------------------------
+
+    def query_began(self, request: Request) -> None:
+        """A query has come: nothing is prefetched for its utterance any more."""
+        if request.utterance is not None:
+            self._utterances.end(request.user, request.utterance, self._clock())
+        if request.cache == "use":
+            self._manners[request.user] = _Manner(request.sampling, request.max_tokens, request.stop)
+            self._manners.move_to_end(request.user)
+            while len(self._manners) > _MAX_USERS:
+                self._manners.popitem(last=False)
+
+    def query_ended(self, request: Request) -> None:
+        """A query has been answered: it may be asked again, and its session may go on."""
+        if request.cache != "use":
+            return
+        if self._caches.popularity is not None and len(request.messages) == 1:
+            self._caches.popularity.record(request.user, request.messages[0].content)
+        if self._caches.lint is not None and request.messages[0].role == "system":
+            self._systems.append((request.user, request.messages[0].content))
+        if request.session is not None and self._reuse.tree is not None:
+            self._sessions_to_warm[request.user, request.session] = None
+            self._sessions_to_warm.move_to_end((request.user, request.session))
+            while len(self._sessions_to_warm) > _MAX_SESSIONS_TO_WARM:
+                self._sessions_to_warm.popitem(last=False)
+
+    def release_guess(self, request: Request, room: int, max_tokens: int) -> Started | None:
+        """The answer that was begun for this query, if there is one; every other guess at its utterance is dropped.
+
+        Args:
+            request: the query, which has just begun.
+            room: for its prompt, in tokens.
+            max_tokens: of its answer.
+        """
+        prompt_ids = None
+        expected = self._speculator.expected_text(request)
+        if expected is not None and request.session is not None:
+            now = self._clock()
+            question = Message("user", expected)
+            with contextlib.suppress(RequestError):  # then it does not match
+                prompt_ids = self._sessions.expected_prompt(request.user, request.session, question, room, now)
+        return self._speculator.take(request, prompt_ids, max_tokens)
+
+    def give_slot(self) -> bool:
+        """Give up a guess for a query that needs its slot. False if there is none."""
+        return self._speculator.give_slot()
+
+    def close(self) -> None:
+        """Give up every guess."""
+        while self._speculator.give_slot():
+            pass
+
+    def recover(self) -> None:
+        """After a fault: what was being warmed may be half there. Nothing of it is used, nor done again at once."""
+        self._reuse.metrics.count("prefetch_faults")
+        self.close()
+        self._reuse.forget()
+        self._heads = list(self._reuse.shared_prefixes)
+        self._sessions_to_warm.clear()
+        self._popular.clear()
+        self._suspended_until = self._clock() + _SUSPENSION_S
+
+    # --- units of work -----------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Do one unit of work. False if there is nothing to do before ``due_in_s``."""
+        now = self._clock()
+        self._reuse.expire(now)
+        growing = self._utterances.growing(now)
+        if len(self._speculator):
+            self._speculator.drop_where_not({(said.user, said.name) for said in growing})
+        if self._may_compute() and (self._listen(growing) or self._speculate(growing) or self._warm_session()):
+            return True
+        if self._reuse.save_one():
+            return True
+        if self._may_compute() and (self._warm_head() or self._warm_popular(now)):
+            return True
+        if self._lint():
+            return True
+        self._check_integrity(now)
+        return False
+
+    def due_in_s(self, longest_s: float) -> float:
+        """Seconds, at most ``longest_s``, until ``step`` may have something to do without anybody's doing."""
+        now = self._clock()
+        due = [longest_s, self._integrity_due - now]
+        if (expiry := self._reuse.next_expiry()) is not None:
+            due.append(expiry - now)
+        blocked_s = self._blocked_s()
+        if blocked_s > 0:
+            due.append(blocked_s)
+        if self._caches.popularity is not None:
+            due.append(max(self._popular_due - now, blocked_s))
+        return max(min(due), _SHORTEST_WAIT_S)
+
+    def _may_compute(self) -> bool:
+        return self._blocked_s() <= 0
+
+    def _blocked_s(self) -> float:
+        """Seconds until something may be computed; 0 is now."""
+        power = self._caches.power
+        if power is not None and not power.allows():
+            return _POWER_RETRY_S
+        return max(self._budget.ready_in_s(), self._suspended_until - self._clock())
+
+    def _listen(self, growing: Sequence[Utterance]) -> bool:
+        """Prefill what the latest speaker has said so far."""
+        if not self._config.partials:
+            return False
+        for said in growing:
+            if said.warmed:
+                continue
+            if said.target_ids is None:
+                # Room for an answer of one token: the session's turns are those that a short query would have.
+                room = self._engine.max_seq_len - 1
+                said.target_ids = self._sessions.open_prompt(said.user, said.session, said.stable_text, room)
+            if self._warm(said.user, said.target_ids, expires_at=said.updated_at + self._config.warm_s):
+                return True
+            said.warmed = True
+        return False
+
+    def _speculate(self, growing: Sequence[Utterance]) -> bool:
+        """Answer ahead what looks final."""
+        if not self._config.speculation:
+            return False
+        for said in growing:
+            if not said.judged:
+                said.judged = True
+                if self._guess(said):
+                    return True
+        started = time.perf_counter()
+        computed = self._speculator.step(self._pacer.tokens)
+        if computed:
+            self._account(computed, started)
+        return computed > 0
+
+    def _guess(self, said: Utterance) -> bool:
+        """Begin an answer to what an utterance is expected to become. False if nothing was begun."""
+        held = self._speculator.find(said.user, said.name)
+        expected = self._expected(said)
+        if held is not None:
+            same = normalise(expected or said.text)
+            if normalise(held.text).startswith(same) and held.session == said.session:
+                return False  # it may still be right
+            self._speculator.drop(said.user, said.name)
+        manner = self._manners.get(said.user, self._default_manner)
+        if expected is None or said.tries >= self._config.max_tries or not manner.sampling.deterministic:
+            return False
+        if self._engine.free_slots < 2 or self._is_answered(said, expected, manner):
+            return False
+        context = self._engine.max_seq_len
+        max_tokens = min(manner.max_tokens or self._config.max_speculative_tokens, context - 1)
+        message = Message("user", expected)
+        try:
+            prompt_ids = self._sessions.expected_prompt(
+                said.user, said.session, message, context - max_tokens, self._clock()
+            )
+            started = self._reuse.start(said.user, prompt_ids, manner.sampling, max_tokens, ahead=True)
+        except (RequestError, EngineError):
+            return False  # too long: the query will be told
+        said.tries += 1
+        self._speculator.begin(
+            Guess(said.user, said.name, said.session, expected, tuple(prompt_ids), manner.sampling, started)
+        )
+        return True
+
+    def _expected(self, said: Utterance) -> str | None:
+        """The query that a transcript is likely to be, or None."""
+        if not normalise(said.text):
+            return None
+        popularity = self._caches.popularity
+        if popularity is not None:
+            if (known := popularity.known(said.user, said.text)) is not None:
+                return known
+            prediction = popularity.predict(said.user, said.text)
+            if prediction is not None and prediction.confidence >= self._config.min_confidence:
+                return prediction.text
+        # The speaker has paused: nothing new in two partials.
+        return said.text if said.unchanged else None
+
+    def _is_answered(self, said: Utterance, text: str, manner: _Manner) -> bool:
+        answers = self._caches.answers
+        if answers is None:
+            return False
+        history = self._sessions.digest(said.user, said.session)
+        return answers.has(said.user, said.session, text, (manner.sampling, manner.max_tokens, manner.stop), history)
+
+    def _warm_session(self) -> bool:
+        """Prefill what the next turn of a session will begin with, the answer that has just ended included."""
+        while self._sessions_to_warm:
+            user, session = next(reversed(self._sessions_to_warm))
+            token_ids = self._sessions.open_prompt(user, session, "", self._engine.max_seq_len - 1)
+            if self._engine.free_slots and self._warm(user, token_ids):
+                return True
+            self._reuse.keep_warm(user, token_ids)
+            del self._sessions_to_warm[user, session]
+        return False
+
+    def _warm_head(self) -> bool:
+        """Prefill, pin and save what everybody's prompts begin with."""
+        while self._heads and self._engine.free_slots:
+            head = self._heads[0]
+            if self._reuse.saved_len(None, head) < len(head):
+                if self._warm(None, head):
+                    return True
+                self._reuse.keep_warm(None, head)
+            match = self._reuse.pin(head)
+            if match is not None and match.origin == "tree" and self._caches.snapshots is not None:
+                self._caches.snapshots.save(PrefixKV(tuple(head), match.rows()))
+            del self._heads[0]
+        return False
+
+    def _warm_popular(self, now: float) -> bool:
+        """Prefill what each user asks often, if it is not answered from the response cache anyway."""
+        popularity = self._caches.popularity
+        if popularity is None or self._reuse.tree is None:
+            return False
+        if now >= self._popular_due:
+            self._popular_due = now + _POPULAR_INTERVAL_S
+            users = popularity.users()[:_POPULAR_USERS]
+            self._popular = [(user, text) for user in users for text in popularity.top(user, _POPULAR_PER_USER)]
+        while self._popular and self._engine.free_slots:
+            user, text = self._popular[0]
+            token_ids = self._sessions.renderer.encode([Message("user", text)])
+            manner = self._manners.get(user, self._default_manner)
+            answered = self._caches.answers is not None and self._caches.answers.has(
+                user, None, text, (manner.sampling, manner.max_tokens, manner.stop), self._sessions.digest(user, None)
+            )
+            if not answered and self._reuse.saved_len(user, token_ids) < len(token_ids) - MIN_CHUNK:
+                if self._warm(user, token_ids):
+                    return True
+                self._reuse.keep_warm(user, token_ids)
+            del self._popular[0]
+        return False
+
+    def _warm(self, user: str | None, token_ids: Sequence[int], expires_at: float | None = None) -> bool:
+        """One chunk; False if there is nothing left to compute."""
+        started = time.perf_counter()
+        computed = self._reuse.warm(user, token_ids, self._pacer.tokens, expires_at)
+        if computed:
+            self._account(computed, started)
+        return computed > 0
+
+    def _account(self, computed: int, started: float) -> None:
+        self._budget.spend(computed)
+        if computed > 1:  # a decode step tells nothing of chunks
+            self._pacer.observe(computed, (time.perf_counter() - started) * 1e3)
+
+    def _lint(self) -> bool:
+        """Look whether a system message varies from query to query."""
+        if not self._systems or self._caches.lint is None:
+            return False
+        user, system = self._systems.popleft()
+        renderer = self._sessions.renderer
+        self._caches.lint.observe(user, renderer.shared_prefix(system), renderer.decode)
+        return True
+
+    def _check_integrity(self, now: float) -> None:
+        if now < self._integrity_due:
+            return
+        self._integrity_due = now + _INTEGRITY_INTERVAL_S
+        if self._reuse.tree is None:
+            return
+        try:
+            self._reuse.tree.check_integrity()
+        except CacheIntegrityError:
+            _log.exception("the prefix cache is emptied")
+            self.recover()

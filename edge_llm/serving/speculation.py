@@ -1,0 +1,173 @@
+"""Answers that are generated before their query has come, and released only to that query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edge_llm.cache.normalise import normalise
+
+if TYPE_CHECKING:
+    from edge_llm.cache.reuse import PrefixReuse, Started
+    from edge_llm.engine.engine import Engine
+    from edge_llm.engine.sampler import SamplingParams
+    from edge_llm.serving.request import Request
+
+
+@dataclass(frozen=True, eq=False)
+class Guess:
+    """An answer in the making.
+
+    Attributes:
+        user: who is expected to ask.
+        utterance: whose partials led to the guess.
+        session: of the expected query.
+        text: the expected question.
+        prompt_ids: what is being answered: the question after the session's turns as they were.
+        started: the sequence; it keeps its slot.
+    """
+
+    user: str
+    utterance: str
+    session: str | None
+    text: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    started: Started
+
+    @property
+    def computed(self) -> int:
+        """Tokens that were computed for it."""
+        state = self.started.state
+        return state.cached_len - state.reused_len
+
+
+class Speculator:
+    """Holds at most ``max_held`` guesses, one an utterance. Belongs to the engine's thread.
+
+    Args:
+        engine: generates.
+        reuse: lends slots; its metrics count what was computed, used and wasted.
+        max_tokens: the most tokens that are generated ahead.
+        max_held: bound on the guesses, and so on the slots that they keep.
+    """
+
+    def __init__(self, engine: Engine, reuse: PrefixReuse, max_tokens: int, max_held: int) -> None:
+        self._engine = engine
+        self._reuse = reuse
+        self._metrics = reuse.metrics
+        self._max_tokens = max_tokens
+        self._max_held = max_held
+        self._held: list[Guess] = []
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def begin(self, guess: Guess) -> None:
+        """Hold a guess whose sequence has just been started."""
+        self.drop(guess.user, guess.utterance)
+        self._held.append(guess)
+        self._metrics.count("speculations_started")
+        while len(self._held) > self._max_held:
+            self._drop(self._held[0])
+
+    def find(self, user: str, utterance: str) -> Guess | None:
+        """The guess at what an utterance will be."""
+        return next((guess for guess in self._held if (guess.user, guess.utterance) == (user, utterance)), None)
+
+    def step(self, max_chunk: int) -> int:
+        """Generate a little more of the newest unfinished guess; returns how many tokens were computed."""
+        for guess in reversed(self._held):
+            state = guess.started.state
+            if state.fault is not None:
+                self._drop(guess, keep=False)
+                return 0
+            if state.finished or len(state.output_ids) >= self._max_tokens:
+                continue
+            before = state.cached_len
+            try:
+                if state.prefilled:
+                    self._engine.decode([state])
+                else:
+                    self._engine.prefill(state, max_chunk)
+            except Exception:
+                self._drop(guess, keep=False)
+                raise
+            computed = state.cached_len - before
+            self._metrics.count("prefetch_tokens_computed", computed)
+            return computed
+        return 0
+
+    def take(self, request: Request, prompt_ids: list[int] | None, max_tokens: int) -> Started | None:
+        """Release the guess that a query matches, to that query; every other guess of its utterance is dropped.
+
+        Args:
+            request: the query.
+            prompt_ids: of the expected question in the query's session as it is now; None without a session.
+            max_tokens: the query's own limit.
+        """
+        guess = next((held for held in self._held if _matches(held, request, prompt_ids)), None)
+        if guess is not None:
+            self._held.remove(guess)
+            state = guess.started.state
+            fits = len(state.prompt_ids) + max_tokens - 1 <= self._engine.max_seq_len
+            if state.fault is None and fits:
+                state.max_tokens = max_tokens
+                if len(state.output_ids) > max_tokens:
+                    del state.output_ids[max_tokens:]
+                    state.stopped = False
+                self._metrics.count("prefetch_tokens_used", guess.computed)
+                self._metrics.count("speculations_released")
+            else:
+                self._release(guess, keep=state.fault is None)
+                guess = None
+        if request.utterance is not None:
+            self.drop(request.user, request.utterance)
+        return None if guess is None else guess.started
+
+    def expected_text(self, request: Request) -> str | None:
+        """The question of a guess that may be this query's, to render it in the query's session."""
+        return next((held.text for held in self._held if _may_match(held, request)), None)
+
+    def drop(self, user: str, utterance: str) -> None:
+        """Forget the guess at an utterance."""
+        for guess in list(self._held):
+            if (guess.user, guess.utterance) == (user, utterance):
+                self._drop(guess)
+
+    def drop_where_not(self, alive: set[tuple[str, str]]) -> None:
+        """Forget the guesses at utterances that nobody will finish."""
+        for guess in list(self._held):
+            if (guess.user, guess.utterance) not in alive:
+                self._drop(guess)
+
+    def give_slot(self) -> bool:
+        """Forget the oldest guess, for somebody who needs its slot. False if there is none."""
+        if not self._held:
+            return False
+        self._drop(self._held[0])
+        return True
+
+    def _drop(self, guess: Guess, *, keep: bool = True) -> None:
+        self._held.remove(guess)
+        self._release(guess, keep=keep)
+
+    def _release(self, guess: Guess, *, keep: bool) -> None:
+        self._metrics.count("prefetch_tokens_wasted", guess.computed)
+        self._metrics.count("speculations_dropped")
+        self._reuse.release(guess.started, keep=keep)
+
+
+def _may_match(guess: Guess, request: Request) -> bool:
+    return (
+        guess.user == request.user
+        and guess.session == request.session
+        and request.cache == "use"
+        and guess.sampling == request.sampling
+        and len(request.messages) == 1
+        and normalise(guess.text) == normalise(request.messages[0].content)
+    )
+
+
+def _matches(guess: Guess, request: Request, prompt_ids: list[int] | None) -> bool:
+    return _may_match(guess, request) and (prompt_ids is None or tuple(prompt_ids) == guess.prompt_ids)
