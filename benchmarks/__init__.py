@@ -1,4 +1,4 @@
-"""Measurements that are run by hand: ``python -m benchmarks.peers`` and ``python -m benchmarks.daemon``.
+"""Measurements that are run by hand: ``python -m benchmarks.peers``, ``.daemon`` and ``.voice``.
 
 docs/benchmarks.md says what they measure and what they have shown.
 """

@@ -119,7 +119,8 @@ class PrefetchConfig(_Strict, frozen=True):
 
     ``partials`` prefills what has been said so far. ``speculation`` answers ahead: at most ``max_speculative_tokens``
     tokens a time and ``max_tries`` times an utterance, for a guess with at least ``min_confidence``. ``popularity``
-    remembers what each user asks often. A warm slot is given up ``warm_s`` seconds after its last partial.
+    remembers what each user asks often. The last word of a partial is prefilled only when nothing new has come for
+    ``settle_ms``. A warm slot is given up ``warm_s`` seconds after its last partial.
 
     ``max_tokens_per_s`` bounds what prefetch computes, on average; a real query waits at most ``max_pause_ms`` for it.
     On battery it stops if ``on_battery`` is false, and in heat above ``max_temperature_c``.
@@ -131,6 +132,7 @@ class PrefetchConfig(_Strict, frozen=True):
     max_speculative_tokens: Count = 48
     max_tries: Count = 3
     min_confidence: Annotated[float, Meta(gt=0, le=1)] = 0.6
+    settle_ms: Annotated[float, Meta(ge=0)] = 150.0
     warm_s: Seconds = 15.0
     max_tokens_per_s: Annotated[float, Meta(gt=0)] = 100.0
     max_pause_ms: Annotated[float, Meta(ge=5)] = 25.0

@@ -44,6 +44,7 @@ class PromptRenderer:
         self.template = template
         self._tokenizer = tokenizer
         self._special_ids: dict[str, int] = {}
+        self._fixed_ids: dict[str, list[int]] = {}  # as many as the template has pieces
         for token in template.special_tokens:
             token_id = tokenizer.token_id(token)
             if token_id is None:
@@ -65,7 +66,7 @@ class PromptRenderer:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that ends with a user message, ready for the answer."""
         token_ids: list[int] = []
-        plain = ""
+        plain, fixed = "", True
         # Text between two special tokens is encoded in one piece, as the tokenizer itself would: token boundaries
         # must not depend on where a template piece ends and the user's words begin.
         for text, is_template in self._pieces(messages):
@@ -74,11 +75,23 @@ class PromptRenderer:
                 special_id = self._special_ids.get(part) if is_template else None
                 if special_id is None:
                     plain += part
+                    fixed = fixed and is_template
                     continue
-                token_ids += self._tokenizer.encode(plain) if plain else []
+                token_ids += self._encode_plain(plain, fixed=fixed)
                 token_ids.append(special_id)
-                plain = ""
-        return token_ids + (self._tokenizer.encode(plain) if plain else [])
+                plain, fixed = "", True
+        return token_ids + self._encode_plain(plain, fixed=fixed)
+
+    def _encode_plain(self, text: str, *, fixed: bool) -> list[int]:
+        """Encode text between two special tokens; what is the template's alone is encoded once."""
+        if not text:
+            return []
+        if not fixed:
+            return self._tokenizer.encode(text)
+        known = self._fixed_ids.get(text)
+        if known is None:
+            known = self._fixed_ids[text] = self._tokenizer.encode(text)
+        return known
 
     def shared_prefix(self, system: str | None = None) -> list[int]:
         """Token ids that every conversation begins with: all that comes before a user's first words.

@@ -66,6 +66,7 @@ class Prefetcher:
         caches: where prefixes are found and kept, what to learn from, and what is allowed.
         sessions: the turns before an utterance.
         sampling: of a user who has not asked yet.
+        default_max_tokens: what a query that names no ``max_tokens`` gets.
         clock: for tests.
     """
 
@@ -74,6 +75,7 @@ class Prefetcher:
         caches: Caches,
         sessions: SessionStore,
         sampling: SamplingParams,
+        default_max_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._caches = caches
@@ -83,10 +85,12 @@ class Prefetcher:
         self._config = config = caches.prefetch
         self._clock = clock
         self._utterances = Utterances(config.warm_s)
+        self._settle_s = config.settle_ms / 1e3
         self._pacer = ChunkPacer(self._engine.prefill_chunk, config.max_pause_ms)
         self._budget = TokenBudget(config.max_tokens_per_s, clock)
         self._manners: OrderedDict[str, _Manner] = OrderedDict()
         self._default_manner = _Manner(sampling, None, ())
+        self._default_max_tokens = default_max_tokens
         # A slot at least stays for whoever speaks next.
         self._speculator = Speculator(
             self._engine, reuse, config.max_speculative_tokens, max_held=max(1, self._engine.slots.count - 1)
@@ -191,6 +195,9 @@ class Prefetcher:
         """Seconds, at most ``longest_s``, until ``step`` may have something to do without anybody's doing."""
         now = self._clock()
         due = [longest_s, self._integrity_due - now]
+        if self._config.partials:
+            growing = self._utterances.growing(now)
+            due += [said.updated_at + self._settle_s - now for said in growing if not said.settled]
         if (expiry := self._reuse.next_expiry()) is not None:
             due.append(expiry - now)
         blocked_s = self._blocked_s()
@@ -215,6 +222,8 @@ class Prefetcher:
         if not self._config.partials:
             return False
         for said in growing:
+            if not said.settled and self._clock() >= said.updated_at + self._settle_s:
+                said.settle()
             if said.warmed:
                 continue
             if said.target_ids is None:
@@ -256,7 +265,7 @@ class Prefetcher:
         if self._engine.free_slots < 2 or self._is_answered(said, expected, manner):
             return False
         context = self._engine.max_seq_len
-        max_tokens = min(manner.max_tokens or self._config.max_speculative_tokens, context - 1)
+        max_tokens = min(manner.max_tokens or self._default_max_tokens, context // 2)
         message = Message("user", expected)
         try:
             prompt_ids = self._sessions.expected_prompt(

@@ -83,7 +83,7 @@ class Scheduler:
             min_p=defaults.min_p,
             repetition_penalty=defaults.repetition_penalty,
         )
-        self._prefetch = Prefetcher(self._caches, self._sessions, sampling)
+        self._prefetch = Prefetcher(self._caches, self._sessions, sampling, self._default_max_tokens)
         self._answered: deque[Request] = deque()  # from the response cache, for prefetch to learn from
         self._news = False  # something has come that prefetch has not looked at
         self._queue = FairQueue(config.max_queued, config.max_queued_per_user)

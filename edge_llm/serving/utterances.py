@@ -24,6 +24,7 @@ class Utterance:
         unchanged: the latest partial said the same as the one before: the user has paused.
         updated_at: when the latest partial came.
         ended: its query has come.
+        settled: the last word has stood for a while, so it counts as stable, too.
         target_ids: the prompt's tokens up to ``stable_text``, once they have been worked out.
         warmed: nothing is left to prefill for this text.
         judged: whether this text looks final has been decided.
@@ -38,15 +39,24 @@ class Utterance:
     updated_at: float
     unchanged: bool = False
     ended: bool = False
+    settled: bool = False
     target_ids: list[int] | None = None
     warmed: bool = False
     judged: bool = False
     tries: int = 0
 
+    def settle(self) -> None:
+        """Nothing new has come for a while."""
+        self.settled = True
+        self.target_ids = None
+        self.warmed = False
+
     @property
     def stable_text(self) -> str:
         """The transcript without its last word, which the recogniser may still change or go on with."""
         words = self.text.rstrip()
+        if self.settled:
+            return words
         cut = max((index for index, character in enumerate(words) if character.isspace()), default=0)
         return words[:cut].rstrip()
 
@@ -81,8 +91,9 @@ class Utterances:
             if known is not None:
                 same = (known.text, known.session) == (text, session)
                 said.unchanged = same and seq > known.seq  # not the same partial delivered twice
-                said.warmed = known.warmed and same
                 said.tries = known.tries
+                if same:
+                    said.settled, said.target_ids, said.warmed = known.settled, known.target_ids, known.warmed
             self._by_key[key] = said
             self._by_key.move_to_end(key)
             self._bound(user)

@@ -59,6 +59,21 @@ def test_the_last_word_is_held_back(make_driver):
     assert driver.renderer.decode(content.token_ids).endswith("how far ")
 
 
+def test_the_last_word_settles_after_a_while(make_driver):
+    driver = make_driver(speculation=False, settle_ms=30.0)
+    driver.partial("how far is")
+    driver.idle()
+    assert 0 < driver.scheduler._prefetch.due_in_s(1.0) <= 0.03
+    time.sleep(0.03)
+    driver.idle()
+    (content,) = [content for slot in range(3) if (content := driver.engine.slots.content(slot)) and content.owner]
+    assert driver.renderer.decode(content.token_ids).endswith("how far is ")
+    driver.partial("how far isolated")
+    driver.idle()
+    assert driver.ask("how far isolated", utterance="u").final.text == Driver().ask("how far isolated").final.text
+    assert driver.metrics.counter("prefetch_tokens_wasted") > 0
+
+
 def test_the_recogniser_revises_itself(make_driver):
     driver = make_driver(speculation=False)
     for text in ("how far is", "how far is it two miles", "how far is it to the", "how far is it to the coast"):
