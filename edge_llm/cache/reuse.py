@@ -10,7 +10,7 @@ the last bit, so that an answer after it could differ from one on a cold start (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from edge_llm.engine.engine import MIN_CHUNK
@@ -133,7 +133,15 @@ class PrefixReuse:
             content = SlotContent(started.owner, tokens, saved_len=started.saved_len)
         self.engine.release(state, content)
 
-    def warm(self, user: str | None, token_ids: Sequence[int], max_chunk: int, expires_at: float | None = None) -> int:
+    def warm(
+        self,
+        user: str | None,
+        token_ids: Sequence[int],
+        max_chunk: int,
+        expires_at: float | None = None,
+        *,
+        to_the_end: bool = False,
+    ) -> int:
         """Prefill one more chunk of a prefix in a free slot, ahead of any query.
 
         Args:
@@ -142,6 +150,7 @@ class PrefixReuse:
             max_chunk: the most tokens to run, at least 3.
             expires_at: ``time.monotonic()`` seconds, when the slot is given up if no query came for these words; None
                 if they are known to come again.
+            to_the_end: a single last token is not left for later, at the price of computing the one before it again.
 
         Returns:
             How many tokens were computed; 0 if all of the prefix is there (or but one token), or no slot is free.
@@ -151,6 +160,8 @@ class PrefixReuse:
         if not (self.enabled and fits and self._slots.free_count):
             return 0
         place = self._place(user, tokens, len(tokens))
+        if to_the_end and 0 < place.reused_len == len(tokens) - 1:
+            place = replace(place, reused_len=place.reused_len - 1)
         content = self._slots.content(place.slot)
         if not place.moves and content is not None and len(tokens) - place.reused_len < MIN_CHUNK:
             if content.expires_at is not None:

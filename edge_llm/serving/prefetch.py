@@ -230,7 +230,8 @@ class Prefetcher:
                 # Room for an answer of one token: the session's turns are those that a short query would have.
                 room = self._engine.max_seq_len - 1
                 said.target_ids = self._sessions.open_prompt(said.user, said.session, said.stable_text, room)
-            if self._warm(said.user, said.target_ids, expires_at=said.updated_at + self._config.warm_s):
+            expires_at = said.updated_at + self._config.warm_s
+            if self._warm(said.user, said.target_ids, expires_at, to_the_end=said.settled):
                 return True
             said.warmed = True
         return False
@@ -349,10 +350,12 @@ class Prefetcher:
             del self._popular[0]
         return False
 
-    def _warm(self, user: str | None, token_ids: Sequence[int], expires_at: float | None = None) -> bool:
+    def _warm(
+        self, user: str | None, token_ids: Sequence[int], expires_at: float | None = None, *, to_the_end: bool = False
+    ) -> bool:
         """One chunk; False if there is nothing left to compute."""
         started = time.perf_counter()
-        computed = self._reuse.warm(user, token_ids, self._pacer.tokens, expires_at)
+        computed = self._reuse.warm(user, token_ids, self._pacer.tokens, expires_at, to_the_end=to_the_end)
         if computed:
             self._account(computed, started)
         return computed > 0

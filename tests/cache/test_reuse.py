@@ -140,6 +140,15 @@ def test_a_single_new_token_waits_for_company():
     assert bench.reuse.warm("ann", prompt(50, 51, 52, 53), 16, expires_at=100.0) == 2
 
 
+def test_a_single_last_token_is_computed_with_the_one_before_it():
+    bench = Bench()
+    while bench.reuse.warm("ann", prompt(50, 51), 16, expires_at=100.0):
+        pass
+    assert bench.reuse.warm("ann", prompt(50, 51, 52), 16, expires_at=100.0, to_the_end=True) == 2
+    assert bench.reuse.warm("ann", prompt(50, 51, 52), 16, expires_at=100.0, to_the_end=True) == 0
+    assert bench.run("ann", prompt(50, 51, 52, 60, 61)).state.reused_len == len(HEAD) + 3
+
+
 def test_a_warm_slot_expires():
     bench = Bench()
     while bench.reuse.warm("ann", prompt(50, 51, 52), 16, expires_at=100.0):
