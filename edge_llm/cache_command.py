@@ -15,7 +15,7 @@ from edge_llm.cache.response_cache import ResponseStats, clear_responses, respon
 from edge_llm.cache.state_db import StateDb, state_path
 from edge_llm.cache.state_file import state_files
 from edge_llm.cache.store import SNAPSHOT_FOLDER
-from edge_llm.config import cache_dir
+from edge_llm.config import cache_dir, state_dir
 from edge_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def cache_info(config: Config) -> CacheInfo:
         ConfigError: the state file is there but cannot be used.
     """
     folder = cache_dir(config)
-    path = state_path(folder)
+    path = state_path(state_dir(config))
     with _opened(path) as db:
         return CacheInfo(
             path=str(path),
@@ -108,7 +108,7 @@ def clear_cache(config: Config, user: str | None, parts: Collection[str]) -> Ite
         raise ConfigError("--prefixes with --user: snapshots hold system prompts, which belong to no user")
     folder = cache_dir(config)
     whose = "" if user is None else f" of {user}"
-    with _opened(state_path(folder)) as db:
+    with _opened(state_path(state_dir(config))) as db:
         if not parts or "responses" in parts:
             yield Cleared(f"responses{whose}", clear_responses(db, user) if db else 0)
         if not parts or "popular" in parts:
@@ -125,7 +125,7 @@ def recent_finding(config: Config, now: float) -> Finding | None:
     Raises:
         ConfigError: the state file is there but cannot be used.
     """
-    with _opened(state_path(cache_dir(config))) as db:
+    with _opened(state_path(state_dir(config))) as db:
         return next((finding for finding in stored_findings(db) if finding.is_habit(now)), None) if db else None
 
 

@@ -141,10 +141,14 @@ class PrefetchConfig(_Strict, frozen=True):
 
 
 class Config(_Strict, frozen=True):
-    """Everything that can be set. ``device`` auto detects the board; ``cache_dir`` holds prepared copies."""
+    """Everything that can be set. ``device`` auto detects the board.
+
+    ``cache_dir`` holds what can be made again (prepared copies, prefixes), ``state_dir`` the users' words and answers.
+    """
 
     bundle: str | None = None
     cache_dir: str | None = None
+    state_dir: str | None = None
     device: str = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "text"] = "json"
@@ -215,6 +219,15 @@ def cache_dir(config: Config) -> Path:
     if systemd_dir := os.environ.get("CACHE_DIRECTORY"):
         return Path(systemd_dir.split(":")[0])
     return user_cache_dir()
+
+
+def state_dir(config: Config) -> Path:
+    """Where the user's words are kept: the setting, systemd's StateDirectory, or the folder of ``cache_dir``."""
+    if config.state_dir is not None:
+        return Path(config.state_dir)
+    if systemd_dir := os.environ.get("STATE_DIRECTORY"):
+        return Path(systemd_dir.split(":")[0])
+    return cache_dir(config)
 
 
 def user_cache_dir() -> Path:

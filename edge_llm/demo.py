@@ -93,8 +93,11 @@ def _daemon(config: Config, bundle: Bundle, port: int, folder: Path) -> Iterator
     command = [sys.executable, "-m", "edge_llm.cli", "serve", "--bundle", str(bundle.path.resolve())]
     command += ["--port", str(port), "--host", "127.0.0.1", "--node", NODE, "--log-format", "text"]
     command += ["--device", config.device]
-    command += [f"--set=engine.{key}={_toml(value)}" for key, value in settings["engine"].items()]
-    command += [f"--set=serving.{key}={_toml(value)}" for key, value in settings["serving"].items()]
+    for table in ("engine", "serving", "cache", "prefetch"):
+        given = {key: value for key, value in settings[table].items() if value is not None}
+        command += [f"--set={table}.{key}={_toml(value)}" for key, value in given.items()]
+    # Answers of an earlier demo would make this one look faster than it is.
+    command += [f"--set=state_dir={_toml(str(folder))}"]
     if config.cache_dir is not None:
         command += [f"--set=cache_dir={_toml(config.cache_dir)}"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_LLM_")}
@@ -175,8 +178,8 @@ def _converse(asker: Asker) -> None:
 
 
 def _print_table(rows: list[_Row]) -> None:
-    head = ("question", "prompt", "answer", "first text", "ms/token", "total", "ended by")
-    layout = f"{{:<{_QUESTION_WIDTH}}} {{:>7}} {{:>7}} {{:>11}} {{:>9}} {{:>9}}  {{}}"
+    head = ("question", "prompt", "answer", "first text", "ms/token", "total", "ended by", "source")
+    layout = f"{{:<{_QUESTION_WIDTH}}} {{:>7}} {{:>7}} {{:>11}} {{:>9}} {{:>9}}  {{:<9}}  {{}}"
     print("\n" + layout.format(*head))
     for row in rows:
         usage, timing = row.final["usage"], row.final["timing"]
@@ -189,9 +192,10 @@ def _print_table(rows: list[_Row]) -> None:
                 usage["prompt_tokens"],
                 usage["completion_tokens"],
                 first,
-                f"{ms_per_token:.1f}",
+                f"{ms_per_token:.1f}" if row.final["source"] == "model" else "-",
                 f"{row.total_ms / 1e3:.2f} s",
                 row.final["finish_reason"],
+                row.final["source"],
             )
         )
     print("\nFirst text and total are what the client saw over MQTT, from publishing to receiving.")

@@ -212,6 +212,12 @@ class Asker:
         self._link.publish(replace(message, on_done=lambda delivered: setattr(pending, "delivered", delivered)))
         return query_id
 
+    def partial(self, utterance: str, seq: int, text: str, session: str | None = None) -> None:
+        """Say what has been heard so far of a question that ``send(…, utterance=utterance)`` will ask."""
+        fields = {"utterance": utterance, "seq": seq, "text": text, "session": session}
+        payload = msgspec.json.encode({name: value for name, value in fields.items() if value is not None})
+        self._link.publish(Outgoing(self._scope.partial(self._user), payload, qos=0, content_type=_JSON))
+
     def events(self, query_id: str, *, timeout_s: float = 120.0) -> Iterator[WireEvent]:
         """Yield the events of a query that was sent, up to its terminal one."""
         with self._condition:

@@ -46,6 +46,10 @@ class Scope:
         """Where ``user`` asks."""
         return f"{self.base}/query/{user}"
 
+    def partial(self, user: str) -> str:
+        """Where ``user``'s transcripts grow."""
+        return f"{self.base}/partial/{user}"
+
     def cancel(self, user: str) -> str:
         """Where ``user`` cancels."""
         return f"{self.base}/cancel/{user}"

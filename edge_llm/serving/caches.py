@@ -17,7 +17,7 @@ from edge_llm.cache.response_cache import ResponseCache
 from edge_llm.cache.reuse import PrefixReuse
 from edge_llm.cache.state_db import StateDb, state_path
 from edge_llm.cache.store import SNAPSHOT_FOLDER, SnapshotStore
-from edge_llm.config import PrefetchConfig, cache_dir
+from edge_llm.config import PrefetchConfig, cache_dir, state_dir
 from edge_llm.device.cpu import cpu_features
 from edge_llm.device.power import PowerGate
 from edge_llm.errors import EdgeLlmError
@@ -78,7 +78,7 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
         config.prefetch,
         power=PowerGate(config.prefetch.on_battery, config.prefetch.max_temperature_c),
     )
-    caches.db = StateDb.open(state_path(folder))
+    caches.db = StateDb.open(state_path(state_dir(config)))
     scope = _scope(model, config)
     if settings.responses:
         responses = ResponseCache(

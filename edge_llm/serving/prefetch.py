@@ -318,7 +318,7 @@ class Prefetcher:
         while self._heads and self._engine.free_slots:
             head = self._heads[0]
             if self._reuse.saved_len(None, head) < len(head):
-                if self._warm(None, head):
+                if self._warm(None, head, to_the_end=True):
                     return True
                 self._reuse.keep_warm(None, head)
             match = self._reuse.pin(head)
@@ -344,7 +344,7 @@ class Prefetcher:
                 user, None, text, (manner.sampling, manner.max_tokens, manner.stop), self._sessions.digest(user, None)
             )
             if not answered and self._reuse.saved_len(user, token_ids) < len(token_ids) - MIN_CHUNK:
-                if self._warm(user, token_ids):
+                if self._warm(user, token_ids, to_the_end=True):
                     return True
                 self._reuse.keep_warm(user, token_ids)
             del self._popular[0]

@@ -38,7 +38,7 @@ def test_the_ten_lines_of_python_get_an_answer(mosquitto, start_daemon, connect)
 def test_the_mosquitto_lines_get_an_answer(mosquitto, start_daemon, connect):
     start_daemon(mosquitto.port)
     connect(mosquitto.port)
-    (code,) = [block for block in blocks("sh") if "mosquitto_pub" in block]
+    (code,) = [block for block in blocks("sh") if "mosquitto_sub" in block]
     subscribe = next(line for line in code.splitlines() if line.startswith("mosquitto_sub"))
     publish = next(line for line in code.splitlines() if line.startswith("mosquitto_pub"))
     port = f"-p {mosquitto.port} "
@@ -53,6 +53,29 @@ def test_the_mosquitto_lines_get_an_answer(mosquitto, start_daemon, connect):
         ["bash", "-c", f"OUT=$(mktemp); {script}"], capture_output=True, text=True, timeout=60, check=False
     )
     assert '"id":"q1"' in result.stdout, result.stderr
+
+
+@pytest.mark.broker
+def test_the_partials_are_prefilled_before_the_query(mosquitto, start_daemon, connect):
+    start_daemon(mosquitto.port)
+    connect(mosquitto.port)
+    (code,) = [block for block in blocks("sh") if "/partial/" in block]
+    *partials, query = code.replace("mosquitto_pub ", f"mosquitto_pub -p {mosquitto.port} ").splitlines()
+    script = "\n".join(
+        [
+            f"mosquitto_sub -p {mosquitto.port} -W 5 -t 'edge_llm/v1/edge/reply/kitchen/#' > $OUT &",
+            "sleep 0.5",
+            *partials,
+            "sleep 0.5",
+            query,
+            "until grep -q final $OUT; do sleep 0.1; done",
+            "cat $OUT",
+        ]
+    )
+    result = subprocess.run(
+        ["bash", "-c", f"OUT=$(mktemp); {script}"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert '"cached_from":"partial"' in result.stdout, result.stderr
 
 
 def test_every_command_and_file_that_it_names_is_there():
