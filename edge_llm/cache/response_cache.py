@@ -169,7 +169,9 @@ class ResponseCache:
     @property
     def entries(self) -> int:
         """Answers in the file, over all users and scopes."""
-        return response_stats(self._db).entries
+        # Counted by an index: the sums of ``response_stats`` read every row.
+        rows = self._db.read("SELECT count(*) FROM responses")
+        return int(rows[0][0]) if rows else 0
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ the last bit, so that an answer after it could differ from one on a cold start (
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -20,7 +21,7 @@ from edge_llm.engine.sampler import SamplingParams
 from edge_llm.errors import NoFreeSlotError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from edge_llm.cache.prefix_cache import PrefixCache, PrefixMatch
     from edge_llm.engine.engine import Engine, GenerationState
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 CachedFrom = Literal["slot", "tree", "snapshot", "bundle", "partial"]
 # So few tokens are computed anew about as fast as they are looked after.
 _WORTH_SAVING: Final = 8
+# Copying takes some microseconds a token: a query must not wait for more of them than this.
+_SAVED_AT_ONCE: Final = 128
+_SAVED_BEFORE_OVERWRITTEN: Final = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +128,18 @@ class PrefixReuse:
             self.metrics.count("prefetch_tokens_used", max(0, place.reused_len - prefetched_from))
         return self._start(user, tokens, place, sampling, max_tokens)
 
-    def release(self, started: Started, *, keep: bool = True) -> None:
-        """End a sequence. Its prompt, as far as it was prefilled, stays in the slot unless ``keep`` is False."""
+    def release(self, started: Started, *, keep: bool = True, expires_at: float | None = None) -> None:
+        """End a sequence. Its prompt, as far as it was prefilled, stays in the slot unless ``keep`` is False.
+
+        With ``expires_at`` (``time.monotonic()`` seconds) no query has come for it: it is given up then, and not saved.
+        """
         state = started.state
         content = None
         if keep and self.enabled:
             tokens = state.prompt_ids[: state.cached_len]
             content = SlotContent(started.owner, tokens, saved_len=started.saved_len)
+            if expires_at is not None:
+                content.origin, content.expires_at = "partial", expires_at
         self.engine.release(state, content)
 
     def warm(
@@ -164,7 +173,7 @@ class PrefixReuse:
             place = replace(place, reused_len=place.reused_len - 1)
         content = self._slots.content(place.slot)
         if not place.moves and content is not None and len(tokens) - place.reused_len < MIN_CHUNK:
-            if content.expires_at is not None:
+            if content.expires_at is not None and expires_at is not None:
                 content.expires_at = expires_at
             return 0
         inherited = content.prefetched_from if content is not None and not place.moves else None
@@ -216,11 +225,11 @@ class PrefixReuse:
         return self.tree.match_prefix(user, token_ids, shared_len).length
 
     def save_one(self) -> bool:
-        """Save what one free slot holds and the prefix cache does not. False if there was nothing to save."""
+        """Save some of what a free slot holds and the prefix cache does not. False if there was nothing to save."""
         for slot in self._slots.free_slots:
             content = self._slots.content(slot)
             if content is not None and self._worth_saving(content, 0):
-                self._save(slot, content)
+                self._save(slot, content, _SAVED_AT_ONCE)
                 return True
         return False
 
@@ -236,6 +245,13 @@ class PrefixReuse:
         """When ``expire`` has something to do, in ``time.monotonic()`` seconds; None if never."""
         contents = (self._slots.content(slot) for slot in self._slots.free_slots)
         return min((held.expires_at for held in contents if held and held.expires_at is not None), default=None)
+
+    def forget_users(self) -> None:
+        """Drop what users have said: what the free slots hold, and all of the prefix cache that is not pinned."""
+        for slot in self._slots.free_slots:
+            self._slots.forget(slot)
+        if self.tree is not None:
+            self.tree.clear()
 
     def forget(self) -> None:
         """Drop everything: what the slots hold, and the prefix cache with its pinned prefixes."""
@@ -254,24 +270,36 @@ class PrefixReuse:
         content = self._slots.content(place.slot)
         kept = self._usable(place.slot, user, tokens, self.shared_len(tokens)) if content else 0
         kept = min(kept, place.reused_len)
-        match = place.match
-        if match is not None and self.tree is not None:
-            self.tree.lock(match)  # what is saved below must not push it out
         saved_len = 0
-        if content is not None:
-            if self._worth_saving(content, kept):
-                self._save(place.slot, content)
-            self._settle(content, kept)
-            saved_len = min(content.saved_len, kept)
-        state = self.engine.start(tokens, sampling, max_tokens, slot=place.slot, reused_len=place.reused_len)
-        cache = self.engine.runner.cache
-        if match is not None and self.tree is not None:
-            match.write_to(cache, place.slot, kept, place.reused_len)
-            self.tree.unlock(match)
-            saved_len = place.reused_len
-        elif place.source_slot is not None:
-            cache.copy_row(place.source_slot, place.slot, place.reused_len)
+        with self._locked(place.match):  # what is saved here must not push it out
+            if content is not None:
+                if self._worth_saving(content, kept):
+                    self._save(place.slot, content, _SAVED_BEFORE_OVERWRITTEN)
+                self._settle(content, kept)
+                saved_len = min(content.saved_len, kept)
+            state = self.engine.start(tokens, sampling, max_tokens, slot=place.slot, reused_len=place.reused_len)
+            try:
+                cache = self.engine.runner.cache
+                if place.match is not None:
+                    place.match.write_to(cache, place.slot, kept, place.reused_len)
+                    saved_len = place.reused_len
+                elif place.source_slot is not None:
+                    cache.copy_row(place.source_slot, place.slot, place.reused_len)
+            except BaseException:
+                self.engine.release(state)
+                raise
         return Started(state, user, place.cached_from, saved_len)
+
+    @contextlib.contextmanager
+    def _locked(self, match: PrefixMatch | None) -> Iterator[None]:
+        if match is None or self.tree is None:
+            yield
+            return
+        self.tree.lock(match)
+        try:
+            yield
+        finally:
+            self.tree.unlock(match)
 
     def _place(self, user: str | None, tokens: list[int], limit: int) -> _Place:
         """The longest prefix there is, and the slot to have it in."""
@@ -280,16 +308,14 @@ class PrefixReuse:
         best, best_len = victim, 0
         for slot in self._slots.free_slots:
             length = min(limit, self._usable(slot, user, tokens, shared_len))
-            # Of two equal ones the user's own, and then the one that is worth the least.
-            if (length, self._is_own(slot, user), slot == victim) > (
-                best_len,
-                self._is_own(best, user),
-                best == victim,
-            ):
+            rank = (length, slot == victim, self._is_spare(slot, user))
+            # Of two equal ones the one that can be used where it is.
+            if rank > (best_len, best == victim, self._is_spare(best, user)):
                 best, best_len = slot, length
         match = None if self.tree is None else self.tree.match_prefix(user, tokens, shared_len)
         match_len = 0 if match is None else min(limit, match.length)
-        in_place = best == victim or self._is_own(best, user)
+        own = self._owner(best) == user and best_len > match_len
+        in_place = best == victim or own or self._is_spare(best, user)
         if best_len and (best_len > match_len or (best_len == match_len and in_place)):
             origin: CachedFrom = self._origin(best, best_len)
             if in_place:
@@ -304,7 +330,12 @@ class PrefixReuse:
         free = self._slots.free_slots
         if not free:
             raise NoFreeSlotError("every slot is taken")
-        return min(free, key=lambda slot: content.used_at if (content := self._slots.content(slot)) else 0)
+        return min(free, key=self._worth)
+
+    def _worth(self, slot: int) -> tuple[bool, int]:
+        """For comparison: words that a query is expected for are worth more than those of an old one."""
+        content = self._slots.content(slot)
+        return (False, 0) if content is None else (content.expires_at is not None, content.used_at)
 
     def _usable(self, slot: int, user: str | None, tokens: list[int], shared_len: int) -> int:
         """How many leading tokens of a prompt a slot holds and this user may have."""
@@ -314,24 +345,37 @@ class PrefixReuse:
         length = common_prefix_length(content.token_ids, tokens)
         return length if content.owner is None or content.owner == user else min(length, shared_len)
 
-    def _is_own(self, slot: int, user: str | None) -> bool:
+    def _owner(self, slot: int) -> str | None:
         content = self._slots.content(slot)
-        return content is not None and content.owner == user
+        return None if content is None else content.owner
+
+    def _is_spare(self, slot: int, user: str | None) -> bool:
+        """Whether a slot is the user's own, and rewinding it loses nothing that is not saved or still expected."""
+        content = self._slots.content(slot)
+        if content is None or content.owner != user or content.expires_at is not None:
+            return False
+        return self.tree is None or not self._worth_saving(content, 0)
 
     def _origin(self, slot: int, length: int) -> CachedFrom:
         content = self._slots.content(slot)
-        prefetched = content is not None and content.prefetched_from is not None and length > content.prefetched_from
-        return "partial" if prefetched else "slot"
+        if content is None or content.origin != "partial":
+            return "slot"
+        return "partial" if length > (content.prefetched_from or 0) else "slot"
 
     def _worth_saving(self, content: SlotContent, kept: int) -> bool:
         if self.tree is None or content.origin == "partial":
             return False
         return len(content.token_ids) - max(content.saved_len, kept) >= _WORTH_SAVING
 
-    def _save(self, slot: int, content: SlotContent) -> None:
-        self._insert(slot, content.owner, content.token_ids)
-        # Even if there was no room: it is not tried again and again.
-        content.saved_len = len(content.token_ids)
+    def _save(self, slot: int, content: SlotContent, most: int) -> None:
+        """Save at most so many more tokens."""
+        stop = min(len(content.token_ids), content.saved_len + most)
+        try:
+            held = self._insert(slot, content.owner, content.token_ids[:stop])
+        except (MemoryError, OSError):
+            held = 0
+        # If there was no room it is not tried again and again.
+        content.saved_len = stop if held >= stop else len(content.token_ids)
 
     def _insert(self, slot: int, user: str | None, tokens: list[int]) -> int:
         assert self.tree is not None

@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 class ActiveRequest:
     """Joins a request with its sequence. Times are ``time.monotonic()`` seconds.
 
-    ``source`` is ``prefetch`` if the sequence was begun before the query came; ``history`` is the digest of its session
-    as it was when the query began.
+    ``source`` is ``prefetch`` if the sequence was begun before the query came, and ``ready_len`` how much of the prompt
+    had been prefilled by then; ``history`` is the digest of its session as it was when the query began.
 
     Args:
         request: what was asked.
@@ -36,6 +36,7 @@ class ActiveRequest:
         self.started: Started | None = None
         self.source: Source = "model"
         self.history = b""
+        self.ready_len = 0
         self.text = text
         self.first_token_at: float | None = None
         self._first_text_at: float | None = None
@@ -59,10 +60,15 @@ class ActiveRequest:
     def take_new_tokens(self) -> None:
         """Turn the state's new tokens into text and deliver what is certain."""
         assert self.state is not None
-        new_ids = self.state.output_ids[self._taken :]
-        self._taken += len(new_ids)
-        if new_ids:
-            self._emit(self.text.push(new_ids))
+        text = ""
+        # One by one, as if they had just been generated: a stop string ends the answer where it would have then.
+        for token_id in self.state.output_ids[self._taken :]:
+            text += self.text.push([token_id])
+            self._taken += 1
+            if self.text.stopped:
+                del self.state.output_ids[self._taken :]
+                break
+        self._emit(text)
 
     def finish(self, reason: FinishReason) -> Final:
         """The terminal event, after the text that was held back."""
@@ -89,7 +95,7 @@ class ActiveRequest:
         state = self.started.state
         prompt_tokens = len(state.prompt_ids)
         if self.source == "prefetch":
-            return Usage(prompt_tokens, prompt_tokens, "partial", len(state.output_ids))
+            return Usage(prompt_tokens, self.ready_len, "partial", len(state.output_ids))
         cached_from = self.started.cached_from if state.reused_len else None
         return Usage(prompt_tokens, state.reused_len, cached_from, len(state.output_ids))
 

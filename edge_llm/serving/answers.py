@@ -68,7 +68,9 @@ class Answers:
     def _key(self, messages: Sequence[Message], session: str | None, settings: Settings, history: bytes) -> bytes:
         sampling, max_tokens, stop = settings
         every = msgspec.to_builtins(sampling)
-        every["max_tokens"] = max_tokens or self._default_max_tokens
+        # None is not the default's number: it gives way to a long prompt, an explicit one is refused there.
+        every["max_tokens"] = max_tokens
+        every["default_max_tokens"] = self._default_max_tokens
         every["stop"] = list(stop)
         every["session"] = session is not None
         said = [(message.role, message.content) for message in messages]

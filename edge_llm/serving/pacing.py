@@ -49,7 +49,7 @@ class TokenBudget:
 
     def __init__(self, tokens_per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = tokens_per_s
-        self._most = tokens_per_s * _BURST_S
+        self._most = max(1.0, tokens_per_s * _BURST_S)
         self._clock = clock
         self._balance = self._most
         self._updated_at = clock()

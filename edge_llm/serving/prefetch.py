@@ -44,8 +44,10 @@ _MAX_SESSIONS_TO_WARM: Final = 16
 _POPULAR_PER_USER: Final = 4
 _POPULAR_USERS: Final = 8
 _POPULAR_INTERVAL_S: Final = 60.0
+_ERASURE_INTERVAL_S: Final = 1.0
 _INTEGRITY_INTERVAL_S: Final = 60.0
 _POWER_RETRY_S: Final = 5.0
+_MAX_CHARS_PER_TOKEN: Final = 6
 _SUSPENSION_S: Final = 60.0
 _SHORTEST_WAIT_S: Final = 0.01
 
@@ -95,13 +97,15 @@ class Prefetcher:
         self._speculator = Speculator(
             self._engine, reuse, config.max_speculative_tokens, max_held=max(1, self._engine.slots.count - 1)
         )
-        self._sessions_to_warm: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._sessions_to_warm: OrderedDict[tuple[str, str], list[int] | None] = OrderedDict()
         self._heads = list(reuse.shared_prefixes) if reuse.tree is not None else []
         self._systems: deque[tuple[str, str]] = deque(maxlen=_MAX_USERS)  # to be looked at by the prefix lint
         self._popular: list[tuple[str, str]] = []
         self._popular_due = clock()
         self._integrity_due = clock() + _INTEGRITY_INTERVAL_S
         self._suspended_until = 0.0
+        self._generation: int | None = None
+        self._erasure_due = 0.0
 
     # --- from any thread ---------------------------------------------------------------------------------------------
 
@@ -109,12 +113,16 @@ class Prefetcher:
         """Take a transcript that is still growing. False if it is stale."""
         return self._utterances.update(user, utterance, seq, text, session, self._clock())
 
-    # --- what queries tell -------------------------------------------------------------------------------------------
-
-    def query_began(self, request: Request) -> None:
+    def utterance_ended(self, request: Request) -> None:
         """A query has come: nothing is prefetched for its utterance any more."""
         if request.utterance is not None:
             self._utterances.end(request.user, request.utterance, self._clock())
+
+    # --- what queries tell -------------------------------------------------------------------------------------------
+
+    def query_began(self, request: Request) -> None:
+        """A query is about to be answered: its settings tell how its user asks."""
+        self.utterance_ended(request)
         if request.cache == "use":
             self._manners[request.user] = _Manner(request.sampling, request.max_tokens, request.stop)
             self._manners.move_to_end(request.user)
@@ -128,7 +136,9 @@ class Prefetcher:
         if self._caches.popularity is not None and len(request.messages) == 1:
             self._caches.popularity.record(request.user, request.messages[0].content)
         if self._caches.lint is not None and request.messages[0].role == "system":
-            self._systems.append((request.user, request.messages[0].content))
+            system = (request.user, request.messages[0].content)
+            if system not in self._systems:
+                self._systems.append(system)
         if request.session is not None and self._reuse.tree is not None:
             self._sessions_to_warm[request.user, request.session] = None
             self._sessions_to_warm.move_to_end((request.user, request.session))
@@ -151,6 +161,11 @@ class Prefetcher:
             with contextlib.suppress(RequestError):  # then it does not match
                 prompt_ids = self._sessions.expected_prompt(request.user, request.session, question, room, now)
         return self._speculator.take(request, prompt_ids, max_tokens)
+
+    @property
+    def held_slots(self) -> int:
+        """Slots that guesses keep, and that a query may have."""
+        return len(self._speculator)
 
     def give_slot(self) -> bool:
         """Give up a guess for a query that needs its slot. False if there is none."""
@@ -176,10 +191,14 @@ class Prefetcher:
     def step(self) -> bool:
         """Do one unit of work. False if there is nothing to do before ``due_in_s``."""
         now = self._clock()
-        self._reuse.expire(now)
+        self._notice_erasure(now)
         growing = self._utterances.growing(now)
         if len(self._speculator):
             self._speculator.drop_where_not({(said.user, said.name) for said in growing})
+            for said in growing:
+                if not said.judged:
+                    self._speculator.drop_contradicted(said.user, said.name, said.text)
+        self._reuse.expire(now)
         if self._may_compute() and (self._listen(growing) or self._speculate(growing) or self._warm_session()):
             return True
         if self._reuse.save_one():
@@ -194,16 +213,16 @@ class Prefetcher:
     def due_in_s(self, longest_s: float) -> float:
         """Seconds, at most ``longest_s``, until ``step`` may have something to do without anybody's doing."""
         now = self._clock()
+        blocked_s = self._blocked_s()
         due = [longest_s, self._integrity_due - now]
         if self._config.partials:
             growing = self._utterances.growing(now)
-            due += [said.updated_at + self._settle_s - now for said in growing if not said.settled]
+            due += [max(said.updated_at + self._settle_s - now, blocked_s) for said in growing if not said.settled]
         if (expiry := self._reuse.next_expiry()) is not None:
             due.append(expiry - now)
-        blocked_s = self._blocked_s()
         if blocked_s > 0:
             due.append(blocked_s)
-        if self._caches.popularity is not None:
+        if self._caches.popularity is not None and self._reuse.tree is not None:
             due.append(max(self._popular_due - now, blocked_s))
         return max(min(due), _SHORTEST_WAIT_S)
 
@@ -219,12 +238,15 @@ class Prefetcher:
 
     def _listen(self, growing: Sequence[Utterance]) -> bool:
         """Prefill what the latest speaker has said so far."""
-        if not self._config.partials:
+        if not (self._config.partials and self._reuse.enabled):
             return False
         for said in growing:
             if not said.settled and self._clock() >= said.updated_at + self._settle_s:
                 said.settle()
             if said.warmed:
+                continue
+            if len(said.text) > _MAX_CHARS_PER_TOKEN * self._engine.max_seq_len:
+                said.warmed = True  # its query will be too long
                 continue
             if said.target_ids is None:
                 # Room for an answer of one token: the session's turns are those that a short query would have.
@@ -234,11 +256,12 @@ class Prefetcher:
             if self._warm(said.user, said.target_ids, expires_at, to_the_end=said.settled):
                 return True
             said.warmed = True
+            return True  # moving a prefix into a slot is work, too
         return False
 
     def _speculate(self, growing: Sequence[Utterance]) -> bool:
         """Answer ahead what looks final."""
-        if not self._config.speculation:
+        if not (self._config.speculation and self._reuse.enabled):
             return False
         for said in growing:
             if not said.judged:
@@ -275,9 +298,10 @@ class Prefetcher:
             started = self._reuse.start(said.user, prompt_ids, manner.sampling, max_tokens, ahead=True)
         except (RequestError, EngineError):
             return False  # too long: the query will be told
-        said.tries += 1
+        self._utterances.count_try(said)
+        expires_at = said.updated_at + self._config.warm_s
         self._speculator.begin(
-            Guess(said.user, said.name, said.session, expected, tuple(prompt_ids), manner.sampling, started)
+            Guess(said.user, said.name, said.session, expected, tuple(prompt_ids), manner.sampling, started, expires_at)
         )
         return True
 
@@ -306,7 +330,10 @@ class Prefetcher:
         """Prefill what the next turn of a session will begin with, the answer that has just ended included."""
         while self._sessions_to_warm:
             user, session = next(reversed(self._sessions_to_warm))
-            token_ids = self._sessions.open_prompt(user, session, "", self._engine.max_seq_len - 1)
+            token_ids = self._sessions_to_warm[user, session]
+            if token_ids is None:
+                token_ids = self._sessions.open_prompt(user, session, "", self._engine.max_seq_len - 1)
+                self._sessions_to_warm[user, session] = token_ids
             if self._engine.free_slots and self._warm(user, token_ids):
                 return True
             self._reuse.keep_warm(user, token_ids)
@@ -341,13 +368,14 @@ class Prefetcher:
             token_ids = self._sessions.renderer.encode([Message("user", text)])
             manner = self._manners.get(user, self._default_manner)
             answered = self._caches.answers is not None and self._caches.answers.has(
-                user, None, text, (manner.sampling, manner.max_tokens, manner.stop), self._sessions.digest(user, None)
+                user, None, text, (manner.sampling, manner.max_tokens, manner.stop), b""
             )
             if not answered and self._reuse.saved_len(user, token_ids) < len(token_ids) - MIN_CHUNK:
                 if self._warm(user, token_ids, to_the_end=True):
                     return True
                 self._reuse.keep_warm(user, token_ids)
             del self._popular[0]
+            return True  # one at a time, for the queries that wait
         return False
 
     def _warm(
@@ -373,6 +401,23 @@ class Prefetcher:
         renderer = self._sessions.renderer
         self._caches.lint.observe(user, renderer.shared_prefix(system), renderer.decode)
         return True
+
+    def _notice_erasure(self, now: float) -> None:
+        """What `edge-llm cache clear` has erased on the disk is forgotten here, too."""
+        db = self._caches.db
+        if db is None or now < self._erasure_due:
+            return
+        self._erasure_due = now + _ERASURE_INTERVAL_S
+        generation = db.generation()
+        if generation is None or generation == self._generation:
+            return
+        if self._generation is not None:
+            self.close()
+            self._reuse.forget_users()
+            self._sessions_to_warm.clear()
+            self._manners.clear()
+            self._popular.clear()
+        self._generation = generation
 
     def _check_integrity(self, now: float) -> None:
         if now < self._integrity_due:

@@ -82,7 +82,8 @@ class Request:
         deadline_at: when the answer is worth nothing any more, or None.
         utterance: the partials that led to it had this name.
         cache: ``bypass`` neither uses nor leaves anything in a cache.
-        on_event: called from the engine thread (or from the caller of ``submit`` for a refusal); it must not block.
+        on_event: called from the engine thread (or from the caller of ``submit``, for a refusal or an answer that was
+            kept); it must not block.
             The last call has a ``Final`` or a ``Failed``, and there is exactly one of those.
     """
 

@@ -7,6 +7,7 @@ nothing to do, prefetch.py works ahead, one small unit at a time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -26,6 +27,8 @@ from edge_llm.serving.request import Delta, Final, Timing, Usage
 from edge_llm.serving.sessions import SessionStore, too_long
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from edge_llm.bundle.manifest import GenerationDefaults
     from edge_llm.config import ServingConfig
     from edge_llm.engine.engine import Engine
@@ -40,6 +43,7 @@ _HURRY_TICK_S = 0.1
 _FIRST_TEXT_PAUSE_S = 0.001
 # Idle for so long, the buffers that prefills have left in the C library go back to the system.
 _TRIM_AFTER_S = 0.2
+_MAX_ANSWERED = 256
 
 
 class Scheduler:
@@ -84,7 +88,8 @@ class Scheduler:
             repetition_penalty=defaults.repetition_penalty,
         )
         self._prefetch = Prefetcher(self._caches, self._sessions, sampling, self._default_max_tokens)
-        self._answered: deque[Request] = deque()  # from the response cache, for prefetch to learn from
+        # From the response cache, for prefetch to learn from; the oldest are forgotten while it has no time.
+        self._answered: deque[Request] = deque(maxlen=_MAX_ANSWERED)
         self._news = False  # something has come that prefetch has not looked at
         self._queue = FairQueue(config.max_queued, config.max_queued_per_user)
         self._active: list[ActiveRequest] = []
@@ -174,6 +179,7 @@ class Scheduler:
             if self._draining:
                 return False
             self._answered.append(request)
+            self._prefetch.utterance_ended(request)
             self._news = True
             self._changed.notify()
         deliver(request, Delta(found.text))
@@ -198,23 +204,26 @@ class Scheduler:
 
     def _prefetch_until_needed(self) -> None:
         """Work ahead, or wait, until there is a query or the end."""
-        trimmed = worked = False
+        trim_at: float | None = time.monotonic() + _TRIM_AFTER_S
+        worked = True
         while True:
+            # Worked out before the lock is taken: it may look at sensors, and the network's thread must not wait.
+            due_in_s = 0.0 if worked else self._prefetch.due_in_s(IDLE_TICK_S if trim_at is None else _TRIM_AFTER_S)
             with self._changed:
                 if not (self._queue or self._active or self._stopping or worked or self._news):
-                    longest_s = IDLE_TICK_S if trimmed else _TRIM_AFTER_S
-                    woken = self._changed.wait(self._prefetch.due_in_s(longest_s))
-                    if not woken and not trimmed:
-                        trim_memory()
-                        trimmed = True
+                    self._changed.wait(due_in_s)
                 self._news = False
                 if self._stopping:
                     self._cancelled |= {request.key for request in self._queue}
                     self._cancelled |= {active.request.key for active in self._active}
                 if self._queue or self._active or self._stopping:
                     return
-            self._sessions.expire(time.monotonic())
+            now = time.monotonic()
+            self._sessions.expire(now)
             worked = self._prefetch_step()
+            if trim_at is not None and now >= trim_at and not worked:
+                trim_memory()
+                trim_at = None
 
     def _prefetch_step(self) -> bool:
         try:
@@ -255,7 +264,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to waiting requests; what was only guessed makes room."""
-        while self._engine.free_slots or (len(self._queue) and self._prefetch.give_slot()):
+        while True:
             with self._changed:
                 running = Counter(active.request.user for active in self._active)
                 request = self._queue.pop(running, self._eligible)
@@ -279,13 +288,16 @@ class Scheduler:
             (active.request.user, active.request.session) == (request.user, request.session) for active in self._active
         ):
             return False
+        available = self._engine.free_slots + self._prefetch.held_slots
         # Background work leaves the last slot to whoever speaks next.
-        return request.priority == "interactive" or self._engine.free_slots > 1 or self._engine.runner.cache.slots == 1
+        needed = 1 if request.priority == "interactive" or self._engine.slots.count == 1 else 2
+        return available >= needed
 
     def _begin(self, active: ActiveRequest) -> None:
         request = active.request
         if any(message.role == "system" for message in request.messages) and not self._renderer.supports_system:
             raise RequestError(400, "this model's template has no system message: put its text into the user message")
+        self._sessions.expire(active.started_at)
         active.history = self._sessions.digest(request.user, request.session)
         self._prefetch.query_began(request)
         if request.session is not None and self._caches.answers is not None:
@@ -305,10 +317,13 @@ class Scheduler:
         max_tokens = request.max_tokens or min(self._default_max_tokens, context - len(prompt_ids))
         active.started = self._prefetch.release_guess(request, room, max_tokens)
         if active.started is None:
+            if not self._engine.free_slots:
+                self._prefetch.give_slot()
             bypass = request.cache == "bypass"
             active.started = self._reuse.start(request.user, prompt_ids, request.sampling, max_tokens, bypass=bypass)
             return
         active.source = "prefetch"
+        active.ready_len = min(active.started.state.cached_len, len(active.started.state.prompt_ids))
         if active.prefilled:
             active.first_token_at = time.monotonic()
             self._advance(active)
@@ -361,9 +376,10 @@ class Scheduler:
 
     def _end(self, active: ActiveRequest, reason: FinishReason) -> None:
         final = active.finish(reason)
-        if self._caches.answers is not None:
-            self._caches.answers.keep(active.request, final, active.history)
         self._conclude(active, final)
+        with _only_logged("an answer could not be remembered"):
+            if self._caches.answers is not None:
+                self._caches.answers.keep(active.request, final, active.history)
 
     def _end_found(self, active: ActiveRequest, final: Final) -> None:
         """The answer was in the response cache."""
@@ -379,7 +395,8 @@ class Scheduler:
         self._drop(active, keep=request.cache == "use")
         deliver(request, final)
         if final.text:
-            self._prefetch.query_ended(request)
+            with _only_logged("a query could not be learnt from"):
+                self._prefetch.query_ended(request)
 
     def _fail(self, active: ActiveRequest, fault: Exception) -> None:
         extra = {"user": active.request.user, "id": active.request.id}
@@ -399,11 +416,21 @@ class Scheduler:
 
     def _drop(self, active: ActiveRequest, *, keep: bool = True) -> None:
         with self._changed:
-            self._active.remove(active)
+            if active in self._active:
+                self._active.remove(active)
             # A cancel that came too late must not meet a later request of the same id.
             self._cancelled.discard(active.request.key)
         if active.started is not None:
             self._reuse.release(active.started, keep=keep)
+
+
+@contextlib.contextmanager
+def _only_logged(what: str) -> Iterator[None]:
+    """What serves later queries must not cost this one, nor those beside it."""
+    try:
+        yield
+    except Exception:
+        _log.exception(what)
 
 
 def _expired(request: Request, now: float) -> bool:

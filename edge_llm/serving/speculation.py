@@ -25,6 +25,7 @@ class Guess:
         text: the expected question.
         prompt_ids: what is being answered: the question after the session's turns as they were.
         started: the sequence; it keeps its slot.
+        expires_at: ``time.monotonic()`` seconds, when nobody is expected to ask any more.
     """
 
     user: str
@@ -34,6 +35,7 @@ class Guess:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     started: Started
+    expires_at: float
 
     @property
     def computed(self) -> int:
@@ -62,6 +64,12 @@ class Speculator:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def drop_contradicted(self, user: str, utterance: str, text: str) -> None:
+        """Forget the guess at an utterance that has gone another way."""
+        guess = self.find(user, utterance)
+        if guess is not None and not normalise(guess.text).startswith(normalise(text)):
+            self._drop(guess)
 
     def begin(self, guess: Guess) -> None:
         """Hold a guess whose sequence has just been started."""
@@ -113,7 +121,8 @@ class Speculator:
             fits = len(state.prompt_ids) + max_tokens - 1 <= self._engine.max_seq_len
             if state.fault is None and fits:
                 state.max_tokens = max_tokens
-                if len(state.output_ids) > max_tokens:
+                # A query with this limit would have ended there, before it saw a stop token.
+                if len(state.output_ids) >= max_tokens:
                     del state.output_ids[max_tokens:]
                     state.stopped = False
                 self._metrics.count("prefetch_tokens_used", guess.computed)
@@ -155,7 +164,7 @@ class Speculator:
     def _release(self, guess: Guess, *, keep: bool) -> None:
         self._metrics.count("prefetch_tokens_wasted", guess.computed)
         self._metrics.count("speculations_dropped")
-        self._reuse.release(guess.started, keep=keep)
+        self._reuse.release(guess.started, keep=keep, expires_at=guess.expires_at)
 
 
 def _may_match(guess: Guess, request: Request) -> bool:

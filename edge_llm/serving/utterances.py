@@ -83,7 +83,7 @@ class Utterances:
             self._expire(now)
             key = (user, name)
             known = self._by_key.get(key)
-            if known is not None and known.ended and seq < known.seq:
+            if known is not None and known.ended and (seq < known.seq or seq == 0):
                 known = None  # counted from the start again: the name is used for the next utterance
             if known is not None and (known.ended or seq < known.seq):
                 return False
@@ -109,6 +109,12 @@ class Utterances:
             said.updated_at = now
             self._by_key.move_to_end((user, name))
             self._bound(user)
+
+    def count_try(self, said: Utterance) -> None:
+        """An answer is begun ahead of the query of ``said``, which a newer partial may have replaced."""
+        with self._lock:
+            latest = self._by_key.get((said.user, said.name), said)
+            latest.tries = said.tries = max(latest.tries, said.tries) + 1
 
     def growing(self, now: float) -> list[Utterance]:
         """Those whose query has not come, the latest first."""

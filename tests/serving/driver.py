@@ -65,12 +65,14 @@ class Driver:
         *,
         slots: int = 3,
         max_bytes: int = 1 << 20,
+        stop_after: int | None = None,
+        session_idle_s: float = 1e6,
         model: LoadedModel | None = None,
         caches: Caches | None = None,
         metrics: Metrics | None = None,
         **fields,
     ) -> None:
-        self.engine = model.engine if model else fake_engine(FakeRunner(slots, max_seq_len=256))
+        self.engine = model.engine if model else fake_engine(FakeRunner(slots, 256, stop_after))
         tokenizer = model.tokenizer if model else TOKENIZER
         self.runner = self.engine.runner
         self.metrics = metrics or Metrics()
@@ -79,7 +81,7 @@ class Driver:
         if folder is not None:
             self.caches = self._open(folder, max_bytes, fields)
         self.scheduler = Scheduler(
-            self.engine, tokenizer, self.renderer, DEFAULTS, ServingConfig(session_idle_s=1e6), self.caches
+            self.engine, tokenizer, self.renderer, DEFAULTS, ServingConfig(session_idle_s=session_idle_s), self.caches
         )
         self.asked: dict[str, Asked] = {}
         self._count = 0

@@ -326,6 +326,167 @@ def test_one_slot_is_never_kept_by_a_guess(make_driver):
     assert driver.engine.free_slots == 1
 
 
+def pause(driver: Driver, text: str, **fields) -> None:
+    """The speaker has said it and paused; there is time to answer ahead."""
+    for _ in range(2):
+        driver.partial(text, **fields)
+    driver.idle()
+
+
+def test_background_queries_are_answered_while_guesses_hold_the_other_slots(make_driver):
+    driver = make_driver(slots=2)
+    pause(driver, "how far is it")
+    assert driver.engine.free_slots == 1
+    assert driver.ask("hello", user="bob", priority="background").final.source == "model"
+
+
+def test_a_guess_is_released_even_when_every_other_slot_is_taken(make_driver):
+    driver = make_driver(slots=2)
+    pause(driver, "how far is it")
+    other = driver.submit("hello", user="bob")
+    driver.step()
+    mine = driver.submit("how far is it", utterance="u")
+    driver.run()
+    assert (mine.final.source, other.final.source) == ("prefetch", "model")
+
+
+def test_a_stop_string_ends_a_guess_where_it_would_have_ended_the_answer(make_driver):
+    driver, cold = make_driver(), Driver()
+    text = cold.ask("how far is it").final.text
+    for stop in ((text[2],), (text[1:4], text[2]), (text[3:5], text[4])):
+        driver.caches.answers._responses.clear()
+        name = "".join(stop)
+        pause(driver, "how far is it", utterance=name)
+        warm = driver.ask("how far is it", utterance=name, stop=stop).final
+        expected = cold.ask("how far is it", stop=stop).final
+        assert warm.source == "prefetch"
+        assert (warm.text, warm.finish_reason) == (expected.text, expected.finish_reason)
+        assert warm.usage.completion_tokens == expected.usage.completion_tokens
+
+
+def test_a_guess_that_stopped_at_the_limit_ends_as_a_cold_answer_does(make_driver):
+    for tokens in (3, 4, 5):
+        driver = make_driver(stop_after=4)
+        driver.caches.answers._responses.clear()
+        pause(driver, "how far is it")
+        warm = driver.ask("how far is it", utterance="u", max_tokens=tokens).final
+        expected = Driver(stop_after=4).ask("how far is it", max_tokens=tokens).final
+        assert warm.source == "prefetch"
+        assert (warm.text, warm.finish_reason) == (expected.text, expected.finish_reason)
+
+
+def test_a_guess_that_has_only_begun_says_how_much_was_ready(make_driver):
+    driver = make_driver(max_pause_ms=5.0)
+    text = "how far is it to the coast and where can I charge the car"
+    for _ in range(2):
+        driver.partial(text)
+    while not len(driver.scheduler._prefetch._speculator):
+        driver.idle(1)
+    final = driver.ask(text, utterance="u").final
+    assert final.source == "prefetch"
+    assert final.usage.cached_tokens < final.usage.prompt_tokens
+
+
+def test_an_abandoned_guess_leaves_nothing(make_driver):
+    driver = make_driver(warm_s=0.05)
+    pause(driver, "my secret pin is four two")
+    time.sleep(0.06)
+    driver.idle()
+    contents = [driver.engine.slots.content(slot) for slot in range(3)]
+    held = [driver.renderer.decode(content.token_ids) for content in contents if content is not None]
+    assert not any("secret" in text for text in held)
+    prompt_ids = driver.renderer.encode([Message("user", "my secret pin is four two")])
+    assert driver.caches.reuse.saved_len("ann", prompt_ids) <= len(driver.renderer.shared_prefix())
+
+
+def test_a_transcript_that_contradicts_a_guess_goes_on_from_its_words(make_driver):
+    driver = make_driver(popularity=False)
+    pause(driver, "how far is it")
+    before = driver.metrics.counter("prefetch_tokens_computed")
+    driver.partial("how far is that place over there")
+    driver.idle()
+    new = len("that place over ")
+    assert driver.metrics.counter("prefetch_tokens_computed") - before <= new + 2
+
+
+def test_an_expired_session_does_not_file_its_answer_under_the_old_turns(make_driver):
+    driver = make_driver(session_idle_s=0.05)
+    driver.ask("hello", session="s")
+    time.sleep(0.06)
+    fresh = driver.ask("and now", session="s").final
+    driver.ask("hello", session="t")
+    later = driver.ask("and now", session="t").final
+    assert later.source == "model"
+    assert later.usage.prompt_tokens > fresh.usage.prompt_tokens
+
+
+def test_an_explicit_limit_is_not_the_default_of_the_same_size(make_driver):
+    driver = make_driver()
+    text = "x" * (256 - 3 - 3)  # room for three tokens
+    assert driver.ask(text).final.finish_reason == "length"
+    (refusal,) = driver.ask(text, max_tokens=6).terminal
+    assert refusal.error.code == 413
+
+
+def test_nothing_polls_when_it_may_not_or_cannot_work(make_driver):
+    driver = make_driver()
+    driver.idle()
+    driver.scheduler._prefetch._popular_due = 0.0
+    driver.caches.reuse.tree, tree = None, driver.caches.reuse.tree
+    assert driver.scheduler._prefetch.due_in_s(1.0) > 0.5
+    driver.caches.reuse.tree = tree
+
+    class Hot:
+        def allows(self):
+            return False
+
+    driver = make_driver(settle_ms=1.0)
+    driver.caches.power = Hot()
+    driver.partial("how far is it")
+    time.sleep(0.002)
+    assert driver.idle() == 0
+    assert driver.scheduler._prefetch.due_in_s(1.0) > 0.5
+
+
+def test_what_is_erased_on_the_disk_is_forgotten_in_memory(make_driver):
+    driver = make_driver()
+    driver.ask("my secret pin is four two")
+    driver.idle()
+    prompt_ids = driver.renderer.encode([Message("user", "my secret pin is four two")])
+    assert driver.caches.reuse.saved_len("ann", prompt_ids) == len(prompt_ids)
+    driver.caches.popularity.clear("ann")
+    driver.scheduler._prefetch._erasure_due = 0.0
+    driver.idle()
+    assert driver.caches.reuse.saved_len("ann", prompt_ids) <= len(driver.renderer.shared_prefix())
+    final = driver.ask("my secret pin is four two", max_tokens=3).final
+    assert final.usage.cached_tokens <= len(driver.renderer.shared_prefix())
+
+
+def test_learning_that_fails_costs_no_answer(make_driver, caplog):
+    driver = make_driver()
+
+    def fail(*_args, **_fields):
+        raise RuntimeError("boom")
+
+    driver.caches.popularity.record = fail
+    driver.caches.answers.keep = fail
+    assert driver.ask("how far is it").final.text == Driver().ask("how far is it").final.text
+    assert "boom" in caplog.text
+
+
+def test_a_unit_of_prefetch_is_short_whatever_there_is_to_do(make_driver):
+    driver = make_driver(max_bytes=1 << 22, max_pause_ms=25.0)
+    for n in range(6):
+        driver.ask(f"question {n} " * 12, session=f"s{n % 2}")
+    driver.partial("word " * 4000)  # longer than any prompt
+    before = driver.metrics.counter("rewarmed_tokens")
+    driver.runner.runs.clear()
+    while driver.scheduler._prefetch_step():
+        assert len(driver.runner.runs) <= 1
+        driver.runner.runs.clear()
+    assert driver.metrics.counter("rewarmed_tokens") > before
+
+
 # --- what is asked often, heads, faults ------------------------------------------------------------------------------
 
 

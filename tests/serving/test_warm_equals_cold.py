@@ -26,21 +26,35 @@ class WarmMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.cold = Driver()
+        self.cold = Driver(stop_after=5)
         self.warm = self.start()
 
     def start(self) -> Driver:
-        return Driver(self.folder, max_bytes=MAX_BYTES, max_speculative_tokens=4, min_confidence=0.5)
+        return Driver(self.folder, max_bytes=MAX_BYTES, stop_after=5, max_speculative_tokens=4, min_confidence=0.5)
 
-    @rule(user=USERS, text=WORDS, session=SESSIONS, tokens=st.integers(1, 6), utterance=st.sampled_from([None, "u"]))
-    def ask(self, user, text, session, tokens, utterance):
-        fields = {"session": session, "max_tokens": tokens}
+    @rule(
+        user=USERS,
+        text=WORDS,
+        session=SESSIONS,
+        tokens=st.integers(1, 6),
+        utterance=st.sampled_from([None, "u"]),
+        stop=st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), max_size=3).map(tuple),
+        priority=st.sampled_from(["interactive", "background"]),
+    )
+    def ask(self, user, text, session, tokens, utterance, stop, priority):
+        fields = {"session": session, "max_tokens": tokens, "stop": stop, "priority": priority}
         warm = self.warm.ask(text, user, utterance=utterance, **fields).final
         cold = self.cold.ask(text, user, **fields).final
         assert (warm.text, warm.finish_reason) == (cold.text, cold.finish_reason)
         assert warm.usage.prompt_tokens == cold.usage.prompt_tokens
         assert warm.usage.completion_tokens == cold.usage.completion_tokens
         assert warm.usage.cached_tokens <= warm.usage.prompt_tokens
+
+    @rule(user=USERS, text=WORDS, session=SESSIONS, name=st.sampled_from(["u", "v"]))
+    def pause(self, user, text, session, name):
+        for _ in range(2):
+            self.warm.partial(text, user, name, session=session)
+        self.warm.idle(8)
 
     @rule(first=WORDS, second=WORDS, third=WORDS)
     def ask_at_once(self, first, second, third):
@@ -81,7 +95,7 @@ class WarmMachine(RuleBasedStateMachine):
     def restart(self):
         self.warm.close()
         self.cold.close()
-        self.cold, self.warm = Driver(), self.start()
+        self.cold, self.warm = Driver(stop_after=5), self.start()
 
     @invariant()
     def sound(self):
