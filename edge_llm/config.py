@@ -122,6 +122,9 @@ class PrefetchConfig(_Strict, frozen=True):
     remembers what each user asks often. The last word of a partial is prefilled only when nothing new has come for
     ``settle_ms``. A warm slot is given up ``warm_s`` seconds after its last partial.
 
+    While somebody speaks, a step is run every ``keep_awake_ms`` (0: never), so that the processor neither sleeps nor
+    loses the weights from its caches just before the query.
+
     ``max_tokens_per_s`` bounds what prefetch computes, on average; a real query waits at most ``max_pause_ms`` for it.
     On battery it stops if ``on_battery`` is false, and in heat above ``max_temperature_c``.
     """
@@ -133,6 +136,7 @@ class PrefetchConfig(_Strict, frozen=True):
     max_tries: Count = 3
     min_confidence: Annotated[float, Meta(gt=0, le=1)] = 0.6
     settle_ms: Annotated[float, Meta(ge=0)] = 150.0
+    keep_awake_ms: Annotated[float, Meta(ge=0)] = 100.0
     warm_s: Seconds = 15.0
     max_tokens_per_s: Annotated[float, Meta(gt=0)] = 100.0
     max_pause_ms: Annotated[float, Meta(ge=5)] = 25.0

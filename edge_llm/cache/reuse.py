@@ -195,6 +195,16 @@ class PrefixReuse:
         self.engine.release(state, left)
         return computed
 
+    def run_for_nothing(self) -> bool:
+        """A decode step behind what a free slot holds, which changes nothing of it. False if there is no room for one."""
+        for slot in self._slots.free_slots:
+            content = self._slots.content(slot)
+            length = len(content.token_ids) if content is not None else 0
+            if length < self.engine.max_seq_len:
+                self.engine.runner.decode(slot, [0], [length])
+                return True
+        return False
+
     def keep_warm(self, user: str | None, token_ids: Sequence[int]) -> None:
         """Save a prefix that a free slot holds into the prefix cache."""
         if self.tree is None:

@@ -48,6 +48,8 @@ _ERASURE_INTERVAL_S: Final = 1.0
 _INTEGRITY_INTERVAL_S: Final = 60.0
 _POWER_RETRY_S: Final = 5.0
 _MAX_CHARS_PER_TOKEN: Final = 6
+# Nothing new for so long, and nobody is speaking any more.
+_BETWEEN_WORDS_S: Final = 0.8
 _SUSPENSION_S: Final = 60.0
 _SHORTEST_WAIT_S: Final = 0.01
 
@@ -104,6 +106,8 @@ class Prefetcher:
         self._popular_due = clock()
         self._integrity_due = clock() + _INTEGRITY_INTERVAL_S
         self._suspended_until = 0.0
+        self._keep_awake_s = config.keep_awake_ms / 1e3 if config.partials and reuse.enabled else 0.0
+        self._computed_at = 0.0
         self._generation: int | None = None
         self._erasure_due = 0.0
 
@@ -201,6 +205,8 @@ class Prefetcher:
         self._reuse.expire(now)
         if self._may_compute() and (self._listen(growing) or self._speculate(growing) or self._warm_session()):
             return True
+        if self._may_compute() and self._keep_awake(growing, now):
+            return True
         if self._reuse.save_one():
             return True
         if self._may_compute() and (self._warm_head() or self._warm_popular(now)):
@@ -217,6 +223,8 @@ class Prefetcher:
         due = [longest_s, self._integrity_due - now]
         if self._config.partials:
             growing = self._utterances.growing(now)
+            if self._speaking(growing, now):
+                due.append(max(self._computed_at + self._keep_awake_s - now, blocked_s))
             due += [max(said.updated_at + self._settle_s - now, blocked_s) for said in growing if not said.settled]
         if (expiry := self._reuse.next_expiry()) is not None:
             due.append(expiry - now)
@@ -326,6 +334,18 @@ class Prefetcher:
         history = self._sessions.digest(said.user, said.session)
         return answers.has(said.user, said.session, text, (manner.sampling, manner.max_tokens, manner.stop), history)
 
+    def _keep_awake(self, growing: Sequence[Utterance], now: float) -> bool:
+        """Run a step for its effect on the processor alone, if somebody is speaking and nothing ran for a while."""
+        is_due = self._speaking(growing, now) and now >= self._computed_at + self._keep_awake_s
+        if not (is_due and self._reuse.run_for_nothing()):
+            return False
+        self._reuse.metrics.count("awake_steps")
+        self._account(1, time.perf_counter())
+        return True
+
+    def _speaking(self, growing: Sequence[Utterance], now: float) -> bool:
+        return self._keep_awake_s > 0 and bool(growing) and now < growing[0].updated_at + _BETWEEN_WORDS_S
+
     def _warm_session(self) -> bool:
         """Prefill what the next turn of a session will begin with, the answer that has just ended included."""
         while self._sessions_to_warm:
@@ -389,6 +409,7 @@ class Prefetcher:
         return computed > 0
 
     def _account(self, computed: int, started: float) -> None:
+        self._computed_at = self._clock()
         self._budget.spend(computed)
         if computed > 1:  # a decode step tells nothing of chunks
             self._pacer.observe(computed, (time.perf_counter() - started) * 1e3)

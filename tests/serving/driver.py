@@ -92,7 +92,9 @@ class Driver:
         reuse = PrefixReuse(self.engine, tree, [self.renderer.shared_prefix(), head], self.metrics)
         db = StateDb.open(folder / "state.sqlite3")
         responses = ResponseCache(db, scope="00", max_entries=100, max_bytes=100_000)
-        config = PrefetchConfig(**{"max_tokens_per_s": 1e9, "warm_s": 1e6, "settle_ms": 1e6, **fields})
+        config = PrefetchConfig(
+            **{"max_tokens_per_s": 1e9, "warm_s": 1e6, "settle_ms": 1e6, "keep_awake_ms": 0.0, **fields}
+        )
         snapshots = SnapshotStore(folder / "prefixes", "0" * 64, self.runner.dims, "float32", 1 << 20)
         return Caches(
             reuse,

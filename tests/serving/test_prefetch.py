@@ -85,6 +85,24 @@ def test_the_recogniser_revises_itself(make_driver):
     assert driver.metrics.counter("prefetch_tokens_wasted") > 0
 
 
+def test_the_processor_is_kept_awake_while_somebody_speaks(make_driver):
+    driver = make_driver(keep_awake_ms=20.0, speculation=False)
+    driver.partial("how far is it")
+    driver.idle()
+    driver.check()
+    assert driver.metrics.counter("awake_steps") == 0  # something has just run
+    assert driver.scheduler._prefetch.due_in_s(1.0) <= 0.02
+    time.sleep(0.02)
+    assert driver.idle() == 1
+    driver.check()
+    assert driver.metrics.counter("awake_steps") == 1
+    final = driver.ask("how far is it to the coast", utterance="u").final
+    assert final.text == Driver().ask("how far is it to the coast").final.text
+    time.sleep(0.02)
+    driver.idle()
+    assert driver.metrics.counter("awake_steps") == 1  # the query has come
+
+
 def test_a_stale_partial_is_dropped(make_driver):
     driver = make_driver()
     assert driver.partial("how far", seq=5)
