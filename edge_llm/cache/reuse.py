@@ -196,14 +196,14 @@ class PrefixReuse:
         return computed
 
     def run_for_nothing(self) -> bool:
-        """A decode step behind what a free slot holds, which changes nothing of it. False if there is no room for one."""
-        for slot in self._slots.free_slots:
-            content = self._slots.content(slot)
-            length = len(content.token_ids) if content is not None else 0
-            if length < self.engine.max_seq_len:
-                self.engine.runner.decode(slot, [0], [length])
-                return True
-        return False
+        """A decode step behind what a free slot holds, which changes nothing of it. False if there is no room."""
+        contents = {slot: self._slots.content(slot) for slot in self._slots.free_slots}
+        lengths = {slot: len(content.token_ids) if content else 0 for slot, content in contents.items()}
+        slot = min(lengths, key=lengths.__getitem__, default=None)
+        if slot is None or lengths[slot] >= self.engine.max_seq_len:
+            return False
+        self.engine.runner.decode(slot, [0], [lengths[slot]])
+        return True
 
     def keep_warm(self, user: str | None, token_ids: Sequence[int]) -> None:
         """Save a prefix that a free slot holds into the prefix cache."""

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from edge_llm.config import PrefetchConfig
+    from edge_llm.device.power import PowerGate
+
 _SMALLEST_CHUNK: Final = 4
 _FIRST_CHUNK: Final = 16
 # Aims below the bound, so that a slow moment does not pass it.
@@ -15,6 +18,7 @@ _AIM: Final = 0.8
 _GROWTH: Final = 2
 # A whole utterance may come at once.
 _BURST_S: Final = 5.0
+_POWER_RETRY_S: Final = 5.0
 
 
 class ChunkPacer:
@@ -69,3 +73,51 @@ class TokenBudget:
         now = self._clock()
         self._balance = min(self._most, self._balance + (now - self._updated_at) * self._rate)
         self._updated_at = now
+
+
+class Pace:
+    """Whether prefetch may compute now, and how much at once.
+
+    Args:
+        largest: of a chunk, in tokens.
+        config: the bounds.
+        power: forbids it on battery or in heat; None never does.
+        clock: in seconds.
+
+    Attributes:
+        computed_at: when something was computed last.
+    """
+
+    def __init__(
+        self, largest: int, config: PrefetchConfig, power: PowerGate | None, clock: Callable[[], float]
+    ) -> None:
+        self._pacer = ChunkPacer(largest, config.max_pause_ms)
+        self._budget = TokenBudget(config.max_tokens_per_s, clock)
+        self._power = power
+        self._clock = clock
+        self._suspended_until = 0.0
+        self.computed_at = 0.0
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The most tokens to prefill at once."""
+        return self._pacer.tokens
+
+    def blocked_s(self) -> float:
+        """Seconds until something may be computed; 0 or less is now."""
+        if self._power is not None and not self._power.allows():
+            return _POWER_RETRY_S
+        return max(self._budget.ready_in_s(), self._suspended_until - self._clock())
+
+    def suspend(self, seconds: float) -> None:
+        """Compute nothing for a while."""
+        self._suspended_until = self._clock() + seconds
+
+    def account(self, computed: int, started: float) -> None:
+        """So many tokens have been computed since ``started`` (``time.perf_counter()`` seconds)."""
+        if not computed:
+            return
+        self.computed_at = self._clock()
+        self._budget.spend(computed)
+        if computed > 1:  # a decode step tells nothing of chunks
+            self._pacer.observe(computed, (time.perf_counter() - started) * 1e3)

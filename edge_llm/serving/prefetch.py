@@ -4,10 +4,7 @@ A unit is one prefill chunk, one decode step or one copy; the scheduler looks fo
 
 1. the transcript that is growing: its words so far are prefilled into a warm slot;
 2. a transcript that looks final: its answer is generated ahead (speculation.py);
-3. sessions: the next turn's prompt, as far as it is known when an answer has ended;
-4. what slots hold and the prefix cache does not;
-5. prompt heads that everybody shares, and their snapshots;
-6. what each user asks often.
+3. what is known to come again (rewarming.py).
 """
 
 from __future__ import annotations
@@ -15,16 +12,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from edge_llm.bundle.prefix_file import PrefixKV
 from edge_llm.cache.normalise import normalise
-from edge_llm.engine.engine import MIN_CHUNK
 from edge_llm.engine.prompt import Message
-from edge_llm.errors import CacheIntegrityError, EngineError, RequestError
-from edge_llm.serving.pacing import ChunkPacer, TokenBudget
+from edge_llm.errors import EngineError, RequestError
+from edge_llm.serving.manners import Manners
+from edge_llm.serving.pacing import Pace
+from edge_llm.serving.rewarming import Rewarming, warm_chunk
 from edge_llm.serving.speculation import Guess, Speculator
 from edge_llm.serving.utterances import Utterance, Utterances
 
@@ -39,28 +34,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_MAX_USERS: Final = 256
-_MAX_SESSIONS_TO_WARM: Final = 16
-_POPULAR_PER_USER: Final = 4
-_POPULAR_USERS: Final = 8
-_POPULAR_INTERVAL_S: Final = 60.0
 _ERASURE_INTERVAL_S: Final = 1.0
-_INTEGRITY_INTERVAL_S: Final = 60.0
-_POWER_RETRY_S: Final = 5.0
 _MAX_CHARS_PER_TOKEN: Final = 6
 # Nothing new for so long, and nobody is speaking any more.
 _BETWEEN_WORDS_S: Final = 0.8
 _SUSPENSION_S: Final = 60.0
 _SHORTEST_WAIT_S: Final = 0.01
-
-
-@dataclass(frozen=True)
-class _Manner:
-    """How a user asks: the settings of their latest query, which the next one is likely to have, too."""
-
-    sampling: SamplingParams
-    max_tokens: int | None
-    stop: tuple[str, ...]
 
 
 class Prefetcher:
@@ -90,24 +69,14 @@ class Prefetcher:
         self._clock = clock
         self._utterances = Utterances(config.warm_s)
         self._settle_s = config.settle_ms / 1e3
-        self._pacer = ChunkPacer(self._engine.prefill_chunk, config.max_pause_ms)
-        self._budget = TokenBudget(config.max_tokens_per_s, clock)
-        self._manners: OrderedDict[str, _Manner] = OrderedDict()
-        self._default_manner = _Manner(sampling, None, ())
-        self._default_max_tokens = default_max_tokens
+        self._pace = Pace(self._engine.prefill_chunk, config, caches.power, clock)
+        self._manners = Manners(sampling, default_max_tokens)
+        self._rewarming = Rewarming(caches, sessions, self._pace, self._manners, clock)
         # A slot at least stays for whoever speaks next.
         self._speculator = Speculator(
             self._engine, reuse, config.max_speculative_tokens, max_held=max(1, self._engine.slots.count - 1)
         )
-        self._sessions_to_warm: OrderedDict[tuple[str, str], list[int] | None] = OrderedDict()
-        self._heads = list(reuse.shared_prefixes) if reuse.tree is not None else []
-        self._systems: deque[tuple[str, str]] = deque(maxlen=_MAX_USERS)  # to be looked at by the prefix lint
-        self._popular: list[tuple[str, str]] = []
-        self._popular_due = clock()
-        self._integrity_due = clock() + _INTEGRITY_INTERVAL_S
-        self._suspended_until = 0.0
         self._keep_awake_s = config.keep_awake_ms / 1e3 if config.partials and reuse.enabled else 0.0
-        self._computed_at = 0.0
         self._generation: int | None = None
         self._erasure_due = 0.0
 
@@ -128,10 +97,7 @@ class Prefetcher:
         """A query is about to be answered: its settings tell how its user asks."""
         self.utterance_ended(request)
         if request.cache == "use":
-            self._manners[request.user] = _Manner(request.sampling, request.max_tokens, request.stop)
-            self._manners.move_to_end(request.user)
-            while len(self._manners) > _MAX_USERS:
-                self._manners.popitem(last=False)
+            self._manners.note(request)
 
     def query_ended(self, request: Request) -> None:
         """A query has been answered: it may be asked again, and its session may go on."""
@@ -139,15 +105,7 @@ class Prefetcher:
             return
         if self._caches.popularity is not None and len(request.messages) == 1:
             self._caches.popularity.record(request.user, request.messages[0].content)
-        if self._caches.lint is not None and request.messages[0].role == "system":
-            system = (request.user, request.messages[0].content)
-            if system not in self._systems:
-                self._systems.append(system)
-        if request.session is not None and self._reuse.tree is not None:
-            self._sessions_to_warm[request.user, request.session] = None
-            self._sessions_to_warm.move_to_end((request.user, request.session))
-            while len(self._sessions_to_warm) > _MAX_SESSIONS_TO_WARM:
-                self._sessions_to_warm.popitem(last=False)
+        self._rewarming.query_ended(request)
 
     def release_guess(self, request: Request, room: int, max_tokens: int) -> Started | None:
         """The answer that was begun for this query, if there is one; every other guess at its utterance is dropped.
@@ -185,10 +143,8 @@ class Prefetcher:
         self._reuse.metrics.count("prefetch_faults")
         self.close()
         self._reuse.forget()
-        self._heads = list(self._reuse.shared_prefixes)
-        self._sessions_to_warm.clear()
-        self._popular.clear()
-        self._suspended_until = self._clock() + _SUSPENSION_S
+        self._rewarming.restart()
+        self._pace.suspend(_SUSPENSION_S)
 
     # --- units of work -----------------------------------------------------------------------------------------------
 
@@ -203,46 +159,30 @@ class Prefetcher:
                 if not said.judged:
                     self._speculator.drop_contradicted(said.user, said.name, said.text)
         self._reuse.expire(now)
-        if self._may_compute() and (self._listen(growing) or self._speculate(growing) or self._warm_session()):
+        allowed = self._pace.blocked_s() <= 0
+        if allowed and (self._listen(growing) or self._speculate(growing)):
             return True
-        if self._may_compute() and self._keep_awake(growing, now):
+        if allowed and self._rewarming.step_session():
             return True
-        if self._reuse.save_one():
+        if allowed and self._keep_awake(growing, now):
             return True
-        if self._may_compute() and (self._warm_head() or self._warm_popular(now)):
-            return True
-        if self._lint():
-            return True
-        self._check_integrity(now)
-        return False
+        return self._rewarming.step_rest(now, allowed=allowed, on_damage=self.recover)
 
     def due_in_s(self, longest_s: float) -> float:
         """Seconds, at most ``longest_s``, until ``step`` may have something to do without anybody's doing."""
         now = self._clock()
-        blocked_s = self._blocked_s()
-        due = [longest_s, self._integrity_due - now]
+        blocked_s = self._pace.blocked_s()
+        due = [longest_s, self._rewarming.due_in_s(now, blocked_s)]
         if self._config.partials:
             growing = self._utterances.growing(now)
             if self._speaking(growing, now):
-                due.append(max(self._computed_at + self._keep_awake_s - now, blocked_s))
+                due.append(max(self._pace.computed_at + self._keep_awake_s - now, blocked_s))
             due += [max(said.updated_at + self._settle_s - now, blocked_s) for said in growing if not said.settled]
         if (expiry := self._reuse.next_expiry()) is not None:
             due.append(expiry - now)
         if blocked_s > 0:
             due.append(blocked_s)
-        if self._caches.popularity is not None and self._reuse.tree is not None:
-            due.append(max(self._popular_due - now, blocked_s))
         return max(min(due), _SHORTEST_WAIT_S)
-
-    def _may_compute(self) -> bool:
-        return self._blocked_s() <= 0
-
-    def _blocked_s(self) -> float:
-        """Seconds until something may be computed; 0 is now."""
-        power = self._caches.power
-        if power is not None and not power.allows():
-            return _POWER_RETRY_S
-        return max(self._budget.ready_in_s(), self._suspended_until - self._clock())
 
     def _listen(self, growing: Sequence[Utterance]) -> bool:
         """Prefill what the latest speaker has said so far."""
@@ -261,9 +201,8 @@ class Prefetcher:
                 room = self._engine.max_seq_len - 1
                 said.target_ids = self._sessions.open_prompt(said.user, said.session, said.stable_text, room)
             expires_at = said.updated_at + self._config.warm_s
-            if self._warm(said.user, said.target_ids, expires_at, to_the_end=said.settled):
-                return True
-            said.warmed = True
+            if not warm_chunk(self._reuse, self._pace, said.user, said.target_ids, expires_at, to_the_end=said.settled):
+                said.warmed = True
             return True  # moving a prefix into a slot is work, too
         return False
 
@@ -277,9 +216,8 @@ class Prefetcher:
                 if self._guess(said):
                     return True
         started = time.perf_counter()
-        computed = self._speculator.step(self._pacer.tokens)
-        if computed:
-            self._account(computed, started)
+        computed = self._speculator.step(self._pace.chunk_tokens)
+        self._pace.account(computed, started)
         return computed > 0
 
     def _guess(self, said: Utterance) -> bool:
@@ -291,13 +229,16 @@ class Prefetcher:
             if normalise(held.text).startswith(same) and held.session == said.session:
                 return False  # it may still be right
             self._speculator.drop(said.user, said.name)
-        manner = self._manners.get(said.user, self._default_manner)
+        manner = self._manners.of(said.user)
         if expected is None or said.tries >= self._config.max_tries or not manner.sampling.deterministic:
             return False
-        if self._engine.free_slots < 2 or self._is_answered(said, expected, manner):
+        history = self._sessions.digest(said.user, said.session)
+        if self._engine.free_slots < 2 or self._manners.is_answered(
+            self._caches.answers, said.user, said.session, expected, history
+        ):
             return False
         context = self._engine.max_seq_len
-        max_tokens = min(manner.max_tokens or self._default_max_tokens, context // 2)
+        max_tokens = min(manner.max_tokens or self._manners.default_max_tokens, context // 2)
         message = Message("user", expected)
         try:
             prompt_ids = self._sessions.expected_prompt(
@@ -327,101 +268,16 @@ class Prefetcher:
         # The speaker has paused: nothing new in two partials.
         return said.text if said.unchanged else None
 
-    def _is_answered(self, said: Utterance, text: str, manner: _Manner) -> bool:
-        answers = self._caches.answers
-        if answers is None:
-            return False
-        history = self._sessions.digest(said.user, said.session)
-        return answers.has(said.user, said.session, text, (manner.sampling, manner.max_tokens, manner.stop), history)
-
     def _keep_awake(self, growing: Sequence[Utterance], now: float) -> bool:
         """Run a step for its effect on the processor alone, if somebody is speaking and nothing ran for a while."""
-        is_due = self._speaking(growing, now) and now >= self._computed_at + self._keep_awake_s
-        if not (is_due and self._reuse.run_for_nothing()):
+        if not self._speaking(growing, now) or now < self._pace.computed_at + self._keep_awake_s:
             return False
+        self._pace.account(1, time.perf_counter())
         self._reuse.metrics.count("awake_steps")
-        self._account(1, time.perf_counter())
-        return True
+        return self._reuse.run_for_nothing()
 
     def _speaking(self, growing: Sequence[Utterance], now: float) -> bool:
         return self._keep_awake_s > 0 and bool(growing) and now < growing[0].updated_at + _BETWEEN_WORDS_S
-
-    def _warm_session(self) -> bool:
-        """Prefill what the next turn of a session will begin with, the answer that has just ended included."""
-        while self._sessions_to_warm:
-            user, session = next(reversed(self._sessions_to_warm))
-            token_ids = self._sessions_to_warm[user, session]
-            if token_ids is None:
-                token_ids = self._sessions.open_prompt(user, session, "", self._engine.max_seq_len - 1)
-                self._sessions_to_warm[user, session] = token_ids
-            if self._engine.free_slots and self._warm(user, token_ids):
-                return True
-            self._reuse.keep_warm(user, token_ids)
-            del self._sessions_to_warm[user, session]
-        return False
-
-    def _warm_head(self) -> bool:
-        """Prefill, pin and save what everybody's prompts begin with."""
-        while self._heads and self._engine.free_slots:
-            head = self._heads[0]
-            if self._reuse.saved_len(None, head) < len(head):
-                if self._warm(None, head, to_the_end=True):
-                    return True
-                self._reuse.keep_warm(None, head)
-            match = self._reuse.pin(head)
-            if match is not None and match.origin == "tree" and self._caches.snapshots is not None:
-                self._caches.snapshots.save(PrefixKV(tuple(head), match.rows()))
-            del self._heads[0]
-        return False
-
-    def _warm_popular(self, now: float) -> bool:
-        """Prefill what each user asks often, if it is not answered from the response cache anyway."""
-        popularity = self._caches.popularity
-        if popularity is None or self._reuse.tree is None:
-            return False
-        if now >= self._popular_due:
-            self._popular_due = now + _POPULAR_INTERVAL_S
-            users = popularity.users()[:_POPULAR_USERS]
-            self._popular = [(user, text) for user in users for text in popularity.top(user, _POPULAR_PER_USER)]
-        while self._popular and self._engine.free_slots:
-            user, text = self._popular[0]
-            token_ids = self._sessions.renderer.encode([Message("user", text)])
-            manner = self._manners.get(user, self._default_manner)
-            answered = self._caches.answers is not None and self._caches.answers.has(
-                user, None, text, (manner.sampling, manner.max_tokens, manner.stop), b""
-            )
-            if not answered and self._reuse.saved_len(user, token_ids) < len(token_ids) - MIN_CHUNK:
-                if self._warm(user, token_ids, to_the_end=True):
-                    return True
-                self._reuse.keep_warm(user, token_ids)
-            del self._popular[0]
-            return True  # one at a time, for the queries that wait
-        return False
-
-    def _warm(
-        self, user: str | None, token_ids: Sequence[int], expires_at: float | None = None, *, to_the_end: bool = False
-    ) -> bool:
-        """One chunk; False if there is nothing left to compute."""
-        started = time.perf_counter()
-        computed = self._reuse.warm(user, token_ids, self._pacer.tokens, expires_at, to_the_end=to_the_end)
-        if computed:
-            self._account(computed, started)
-        return computed > 0
-
-    def _account(self, computed: int, started: float) -> None:
-        self._computed_at = self._clock()
-        self._budget.spend(computed)
-        if computed > 1:  # a decode step tells nothing of chunks
-            self._pacer.observe(computed, (time.perf_counter() - started) * 1e3)
-
-    def _lint(self) -> bool:
-        """Look whether a system message varies from query to query."""
-        if not self._systems or self._caches.lint is None:
-            return False
-        user, system = self._systems.popleft()
-        renderer = self._sessions.renderer
-        self._caches.lint.observe(user, renderer.shared_prefix(system), renderer.decode)
-        return True
 
     def _notice_erasure(self, now: float) -> None:
         """What `edge-llm cache clear` has erased on the disk is forgotten here, too."""
@@ -435,19 +291,6 @@ class Prefetcher:
         if self._generation is not None:
             self.close()
             self._reuse.forget_users()
-            self._sessions_to_warm.clear()
+            self._rewarming.forget_users()
             self._manners.clear()
-            self._popular.clear()
         self._generation = generation
-
-    def _check_integrity(self, now: float) -> None:
-        if now < self._integrity_due:
-            return
-        self._integrity_due = now + _INTEGRITY_INTERVAL_S
-        if self._reuse.tree is None:
-            return
-        try:
-            self._reuse.tree.check_integrity()
-        except CacheIntegrityError:
-            _log.exception("the prefix cache is emptied")
-            self.recover()

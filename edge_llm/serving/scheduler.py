@@ -376,10 +376,11 @@ class Scheduler:
 
     def _end(self, active: ActiveRequest, reason: FinishReason) -> None:
         final = active.finish(reason)
-        self._conclude(active, final)
         with _only_logged("an answer could not be remembered"):
+            # Before it is delivered: it may be asked again at once.
             if self._caches.answers is not None:
                 self._caches.answers.keep(active.request, final, active.history)
+        self._conclude(active, final)
 
     def _end_found(self, active: ActiveRequest, final: Final) -> None:
         """The answer was in the response cache."""

@@ -449,7 +449,7 @@ def test_an_explicit_limit_is_not_the_default_of_the_same_size(make_driver):
 def test_nothing_polls_when_it_may_not_or_cannot_work(make_driver):
     driver = make_driver()
     driver.idle()
-    driver.scheduler._prefetch._popular_due = 0.0
+    driver.scheduler._prefetch._rewarming._popular_due = 0.0
     driver.caches.reuse.tree, tree = None, driver.caches.reuse.tree
     assert driver.scheduler._prefetch.due_in_s(1.0) > 0.5
     driver.caches.reuse.tree = tree
@@ -459,7 +459,7 @@ def test_nothing_polls_when_it_may_not_or_cannot_work(make_driver):
             return False
 
     driver = make_driver(settle_ms=1.0)
-    driver.caches.power = Hot()
+    driver.scheduler._prefetch._pace._power = Hot()
     driver.partial("how far is it")
     time.sleep(0.002)
     assert driver.idle() == 0
@@ -578,7 +578,7 @@ def test_heat_and_battery_stop_it(make_driver):
             return False
 
     driver = make_driver()
-    driver.caches.power = Hot()
+    driver.scheduler._prefetch._pace._power = Hot()
     driver.partial("how far is it to the coast")
     assert driver.idle() == 0
     assert driver.scheduler._prefetch.due_in_s(1.0) > 0.5
