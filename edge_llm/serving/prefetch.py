@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from edge_llm.serving.request import Request
     from edge_llm.serving.sessions import SessionStore
 
-_log = logging.getLogger(__name__)
-
 _ERASURE_INTERVAL_S: Final = 1.0
 _MAX_CHARS_PER_TOKEN: Final = 6
 # Nothing new for so long, and nobody is speaking any more.
