@@ -10,7 +10,6 @@ A unit is one prefill chunk, one decode step or one copy; the scheduler looks fo
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from typing import TYPE_CHECKING, Final
 
