@@ -61,7 +61,7 @@ class Cleared:
 
 
 def cache_info(config: Config) -> CacheInfo:
-    """Read it all; nothing is made where nothing is.
+    """Read it all; nothing is made where nothing is. A damaged state file is emptied, as the daemon would do.
 
     Raises:
         ConfigError: the state file is there but cannot be used.
