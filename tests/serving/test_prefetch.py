@@ -60,11 +60,11 @@ def test_the_last_word_is_held_back(make_driver):
 
 
 def test_the_last_word_settles_after_a_while(make_driver):
-    driver = make_driver(speculation=False, settle_ms=30.0)
+    driver = make_driver(speculation=False, settle_ms=300.0)
     driver.partial("how far is")
     driver.idle()
-    assert 0 < driver.scheduler._prefetch.due_in_s(1.0) <= 0.03
-    time.sleep(0.03)
+    assert 0 < driver.scheduler._prefetch.due_in_s(1.0) <= 0.3
+    time.sleep(0.3)
     driver.idle()
     (content,) = [content for slot in range(3) if (content := driver.engine.slots.content(slot)) and content.owner]
     assert driver.renderer.decode(content.token_ids).endswith("how far is ")
@@ -86,19 +86,19 @@ def test_the_recogniser_revises_itself(make_driver):
 
 
 def test_the_processor_is_kept_awake_while_somebody_speaks(make_driver):
-    driver = make_driver(keep_awake_ms=20.0, speculation=False)
+    driver = make_driver(keep_awake_ms=300.0, speculation=False)
     driver.partial("how far is it")
     driver.idle()
     driver.check()
     assert driver.metrics.counter("awake_steps") == 0  # something has just run
-    assert driver.scheduler._prefetch.due_in_s(1.0) <= 0.02
-    time.sleep(0.02)
+    assert driver.scheduler._prefetch.due_in_s(1.0) <= 0.3
+    time.sleep(0.3)
     assert driver.idle() == 1
     driver.check()
     assert driver.metrics.counter("awake_steps") == 1
     final = driver.ask("how far is it to the coast", utterance="u").final
     assert final.text == Driver().ask("how far is it to the coast").final.text
-    time.sleep(0.02)
+    time.sleep(0.3)
     driver.idle()
     assert driver.metrics.counter("awake_steps") == 1  # the query has come
 
@@ -128,7 +128,7 @@ def test_a_name_may_be_used_again_from_the_start(make_driver):
 
 
 def test_a_prefetch_whose_query_never_comes_frees_everything(make_driver):
-    driver = make_driver(warm_s=0.05, speculation=True)
+    driver = make_driver(warm_s=1.0, speculation=True)
     speak(driver, "one two three four five")
     driver.partial("one two three four five")
     driver.partial("one two three four five")
@@ -428,9 +428,9 @@ def test_a_transcript_that_contradicts_a_guess_goes_on_from_its_words(make_drive
 
 
 def test_an_expired_session_does_not_file_its_answer_under_the_old_turns(make_driver):
-    driver = make_driver(session_idle_s=0.05)
+    driver = make_driver(session_idle_s=0.5)
     driver.ask("hello", session="s")
-    time.sleep(0.06)
+    time.sleep(0.6)
     fresh = driver.ask("and now", session="s").final
     driver.ask("hello", session="t")
     later = driver.ask("and now", session="t").final
