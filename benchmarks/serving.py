@@ -146,7 +146,9 @@ class BenchClient:
             elif event.at >= since and event.topic.endswith("/status") and event.payload.get("state") == "online":
                 return event.at
 
-    def ask(self, daemon: Daemon, queries: list[dict[str, Any]], timeout_s: float = 120.0) -> list[Answer]:
+    def ask(
+        self, daemon: Daemon, queries: list[dict[str, Any]], timeout_s: float = 120.0, user: str = USER
+    ) -> list[Answer]:
         """Publish queries at once, wait for all their terminal events.
 
         Raises:
@@ -156,7 +158,7 @@ class BenchClient:
         for query in queries:
             payload = json.dumps(query)
             answers[query["id"]] = Answer(time.monotonic())
-            self._client.publish(f"{_BASE}/query/{USER}", payload, qos=1)
+            self._client.publish(f"{_BASE}/query/{user}", payload, qos=1)
         deadline = time.monotonic() + timeout_s
         while any(answer.final is None for answer in answers.values()):
             event = self._next(deadline, daemon, "has not answered")

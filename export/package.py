@@ -10,6 +10,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING
 
+from edge_llm.bundle.files import flush_to_disk
 from edge_llm.bundle.manifest import MANIFEST_FILE, FileEntry, encode_manifest, sha256_file
 from export.errors import ExportError
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from edge_llm.bundle.manifest import Manifest
+    from edge_llm.bundle.files import flush_to_disk
+from edge_llm.bundle.manifest import Manifest
 
 
 def check_destination(out: Path) -> None:
@@ -89,22 +91,14 @@ def publish(folder: Path, out: Path, manifest: Manifest) -> None:
     """
     (folder / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush_to_disk(path)
     try:
         os.rename(folder, out)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise ExportError(f"something else was written to {out} during the export: give --out a new path") from None
         raise
-    _flush(out.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(out.parent)
 
 
 def _remove_stale(out: Path) -> None:

@@ -29,6 +29,7 @@ from benchmarks.voice.report import format_progress, format_report, make_report
 from benchmarks.voice.restore import measure_restore
 from benchmarks.voice.trace import SEED, make_trace, spoken_s
 from benchmarks.voice.words import SYSTEM_PROMPT
+from edge_llm.arguments import positive_int
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.bundle.prepare import prepared_graph
 from edge_llm.device.cpu import physical_cores
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.voice", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the distributions as a picture")
-    parser.add_argument("--queries", type=_positive, default=200, help="how many are said (default 200)")
+    parser.add_argument("--queries", type=positive_int, default=200, help="how many are said (default 200)")
     parser.add_argument("--speed", type=_speed, default=1.0, help="times real time, for quick runs (default 1)")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the trace (default {SEED})")
     parser.add_argument("--hits", type=int, default=200, help="repeated queries after the trace (default 200)")
@@ -143,13 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, help="a bundle folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where models are kept")
     return parser
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return number
 
 
 def _speed(value: str) -> float:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _BASE: Final = f"edge_llm/v1/{NODE}"
 _SUBSCRIBE_TIMEOUT_S: Final = 10.0
-_ANSWER_TIMEOUT_S: Final = 120.0
 # The pause before a query where the words are not heard: time for what a daemon does between two queries.
 UNHEARD_S: Final = 0.5
 METRICS_INTERVAL_S: Final = 2.0
@@ -90,26 +89,8 @@ class VoiceClient(BenchClient):
         self._client.publish(f"{_BASE}/partial/{user}", payload, qos=0)
 
     def ask_as(self, daemon: Daemon, user: str, query: dict[str, Any]) -> Answer:
-        """Publish a query, wait for its terminal event.
-
-        Raises:
-            ServingError: it was refused, the daemon ended, or it took too long.
-        """
-        payload = json.dumps(query)
-        answer = Answer(time.monotonic())
-        self._client.publish(f"{_BASE}/query/{user}", payload, qos=1)
-        deadline = answer.published_at + _ANSWER_TIMEOUT_S
-        while answer.final is None:
-            event = self._next(deadline, daemon, "has not answered")
-            if event.payload.get("id") != query["id"]:
-                continue
-            if event.payload["type"] == "error":
-                raise ServingError(f"a query was refused: {event.payload['message']}")
-            if event.payload["type"] == "delta":
-                answer.deltas.append(event)
-            else:
-                answer.final = event
-        return answer
+        """``ask`` one query as any user."""
+        return self.ask(daemon, [query], user=user)[0]
 
     def next_metrics(self, daemon: Daemon) -> dict[str, Any]:
         """The next metrics that come. Raises ``ServingError`` if none do."""

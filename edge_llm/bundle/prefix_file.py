@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from edge_llm.bundle.files import flush_to_disk
 from edge_llm.errors import PrefixFileError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def write_prefix_file(path: Path, prefix: PrefixKV, key: str) -> None:
         # Still locked: once the lock is gone, the file has its own name.
         os.replace(temporary, path)
         temporary = path
-        _sync_folder(path.parent)
+        flush_to_disk(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -247,14 +248,6 @@ def _write_all(descriptor: int, piece: bytes | memoryview) -> None:
     rest = memoryview(piece)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unlocked(temporary: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Final
 import msgspec
 import onnxruntime as ort
 
+from edge_llm.bundle.files import flush_to_disk
 from edge_llm.bundle.manifest import Bundle, Graph, sha256_file
 from edge_llm.device.cpu import cpu_features
 from edge_llm.device.session import make_session, session_options
@@ -117,7 +118,7 @@ def _build(bundle: Bundle, target: str, folder: Path) -> None:
             except OSError:
                 if not _intact(folder):  # otherwise another process has just built the same
                     raise
-            _sync_folder(folder.parent)
+            flush_to_disk(folder.parent)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BundleError(f"the prepared copy cannot be written to {folder.parent}: {error}") from None
 
@@ -155,14 +156,6 @@ def _hash(path: Path) -> str:
         mapping.madvise(_MADV_HUGEPAGE)
         mapping.madvise(_MADV_POPULATE_READ)
     return sha256_file(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_stale(keep: Path, name: str, target: str) -> None:

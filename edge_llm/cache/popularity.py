@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from edge_llm.cache.normalise import normalise
+from edge_llm.cache.state_db import ErasureWatch
 
 if TYPE_CHECKING:
     import sqlite3
@@ -79,9 +80,7 @@ def popular_counts(db: StateDb) -> dict[str, int]:
 
 def clear_popular(db: StateDb, user: str | None = None) -> int | None:
     """Erase the queries of one user, or all; waits for the disk. Returns how many, None if it failed."""
-    if user is None:
-        return db.erase(lambda connection: connection.execute("DELETE FROM popular").rowcount)
-    return db.erase(lambda connection: connection.execute("DELETE FROM popular WHERE user = ?", (user,)).rowcount)
+    return db.erase_rows("popular", user)
 
 
 class Popularity:
@@ -113,7 +112,7 @@ class Popularity:
         self._clock = clock
         self._lock = threading.Lock()
         self._mirrors: OrderedDict[str, _Mirror] = OrderedDict()
-        self._generation = db.generation()
+        self._watch = ErasureWatch(db)
 
     def record(self, user: str, text: str) -> None:
         """Count a query that was really asked. One without words or longer than 300 characters is not remembered."""
@@ -208,9 +207,7 @@ class Popularity:
         return mirror
 
     def _forget_erased(self) -> None:
-        generation = self._db.generation()
-        if generation is not None and generation != self._generation:
-            self._generation = generation
+        if self._watch.erased():
             self._mirrors.clear()
 
     def _weight(self, query: _Query, now: float) -> float:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_llm.cache.state_db import ErasureWatch
+
 if TYPE_CHECKING:
     import sqlite3
 
@@ -86,9 +88,7 @@ def stored_findings(db: StateDb) -> list[Finding]:
 
 def clear_findings(db: StateDb, user: str | None = None) -> int | None:
     """Erase the finding of one user, or all; waits for the disk. Returns how many, None if it failed."""
-    if user is None:
-        return db.erase(lambda connection: connection.execute("DELETE FROM findings").rowcount)
-    return db.erase(lambda connection: connection.execute("DELETE FROM findings WHERE user = ?", (user,)).rowcount)
+    return db.erase_rows("findings", user)
 
 
 class PrefixLint:
@@ -107,7 +107,7 @@ class PrefixLint:
         self._lock = threading.Lock()
         self._users: OrderedDict[str, _User] = OrderedDict()
         self._nbytes = 0
-        self._generation = db.generation()
+        self._watch = ErasureWatch(db)
 
     def observe(self, user: str, head_ids: Sequence[int], tokenizer_decode: Callable[[Sequence[int]], str]) -> None:
         """Take note of one query's head.
@@ -149,10 +149,7 @@ class PrefixLint:
 
     def _remember(self, user: str, head: _Head) -> _User | None:
         """The user's state, if ``head`` is new and there is something to compare it with."""
-        generation = self._db.generation()
-        if generation is not None and generation != self._generation:
-            # Something was erased, perhaps by another process: what is varied may be a name.
-            self._generation = generation
+        if self._watch.erased():  # what varied may have been a name
             self._users.clear()
             self._nbytes = 0
         state = self._users.setdefault(user, _User())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from edge_llm.cache.normalise import normalise
+from edge_llm.cache.state_db import ErasureWatch
 
 if TYPE_CHECKING:
     import sqlite3
@@ -80,9 +81,7 @@ def clear_responses(db: StateDb, user: str | None = None) -> int | None:
     Returns:
         How many rows went, or None if the file could not be written.
     """
-    if user is None:
-        return db.erase(lambda connection: connection.execute("DELETE FROM responses").rowcount)
-    return db.erase(lambda connection: connection.execute("DELETE FROM responses WHERE user = ?", (user,)).rowcount)
+    return db.erase_rows("responses", user)
 
 
 class ResponseCache:
@@ -106,7 +105,7 @@ class ResponseCache:
         self._lock = threading.Lock()
         # Answers on their way to the disk, so that a repeated query hits at once.
         self._pending: dict[tuple[str, bytes], CachedResponse] = {}
-        self._generation = db.generation()
+        self._watch = ErasureWatch(db)
         db.write(self._trim)  # the bounds may have become smaller since the last start
 
     def find(self, user: str, key: bytes) -> CachedResponse | None:
@@ -163,7 +162,7 @@ class ResponseCache:
         removed = clear_responses(self._db, user)
         with self._lock:
             self._pending = {pending: kept for pending, kept in self._pending.items() if user not in (None, pending[0])}
-            self._generation = self._db.generation()
+            self._watch.erased()  # by ourselves
         return removed
 
     @property
@@ -196,10 +195,8 @@ class ResponseCache:
         return response
 
     def _forget_erased(self) -> None:
-        generation = self._db.generation()
         with self._lock:
-            if generation is not None and generation != self._generation:
-                self._generation = generation
+            if self._watch.erased():
                 self._pending.clear()
 
     def _touch(self, connection: sqlite3.Connection, user: str, key: bytes) -> None:

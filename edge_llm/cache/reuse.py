@@ -128,10 +128,18 @@ class PrefixReuse:
             self.metrics.count("prefetch_tokens_used", max(0, place.reused_len - prefetched_from))
         return self._start(user, tokens, place, sampling, max_tokens)
 
-    def release(self, started: Started, *, keep: bool = True, expires_at: float | None = None) -> None:
+    def release(
+        self,
+        started: Started,
+        *,
+        keep: bool = True,
+        expires_at: float | None = None,
+        prefetched_from: int | None = None,
+    ) -> None:
         """End a sequence. Its prompt, as far as it was prefilled, stays in the slot unless ``keep`` is False.
 
         With ``expires_at`` (``time.monotonic()`` seconds) no query has come for it: it is given up then, and not saved.
+        ``prefetched_from`` is the first of the tokens that count as wasted then.
         """
         state = started.state
         content = None
@@ -140,6 +148,7 @@ class PrefixReuse:
             content = SlotContent(started.owner, tokens, saved_len=started.saved_len)
             if expires_at is not None:
                 content.origin, content.expires_at = "partial", expires_at
+                content.prefetched_from = prefetched_from
         self.engine.release(state, content)
 
     def warm(
@@ -184,15 +193,10 @@ class PrefixReuse:
         except Exception:
             self.release(started, keep=False)
             raise
-        left = SlotContent(user, tokens[: state.cached_len], saved_len=started.saved_len)
+        prefetched_from = place.reused_len if inherited is None else min(inherited, place.reused_len)
+        self.release(started, expires_at=expires_at, prefetched_from=prefetched_from)
         computed = state.cached_len - place.reused_len
-        if expires_at is not None:
-            left.origin, left.expires_at = "partial", expires_at
-            left.prefetched_from = place.reused_len if inherited is None else min(inherited, place.reused_len)
-            self.metrics.count("prefetch_tokens_computed", computed)
-        else:
-            self.metrics.count("rewarmed_tokens", computed)
-        self.engine.release(state, left)
+        self.metrics.count("rewarmed_tokens" if expires_at is None else "prefetch_tokens_computed", computed)
         return computed
 
     def run_for_nothing(self) -> bool:
@@ -210,9 +214,8 @@ class PrefixReuse:
         if self.tree is None:
             return
         tokens = list(token_ids)
-        for slot in self._slots.free_slots:
-            content = self._slots.content(slot)
-            if content is not None and content.owner == user and content.token_ids[: len(tokens)] == tokens:
+        for slot, content in self._slots.contents():
+            if content.owner == user and content.token_ids[: len(tokens)] == tokens:
                 content.saved_len = max(content.saved_len, self._insert(slot, user, tokens))
                 return
 
@@ -231,54 +234,51 @@ class PrefixReuse:
         """How many leading tokens of a prefix the prefix cache has."""
         if self.tree is None:
             return 0
-        shared_len = len(token_ids) if user is None else self.shared_len(token_ids)
-        return self.tree.match_prefix(user, token_ids, shared_len).length
+        return self.tree.match_prefix(user, token_ids, self._shared_len(user, token_ids)).length
 
     def save_one(self) -> bool:
         """Save some of what a free slot holds and the prefix cache does not. False if there was nothing to save."""
-        for slot in self._slots.free_slots:
-            content = self._slots.content(slot)
-            if content is not None and self._worth_saving(content, 0):
+        for slot, content in self._slots.contents():
+            if self._worth_saving(content, 0):
                 self._save(slot, content, _SAVED_AT_ONCE)
                 return True
         return False
 
     def expire(self, now: float) -> None:
         """Give up the slots whose query never came."""
-        for slot in self._slots.free_slots:
-            content = self._slots.content(slot)
-            if content is not None and content.expires_at is not None and now >= content.expires_at:
+        for slot, content in self._slots.contents():
+            if content.expires_at is not None and now >= content.expires_at:
                 self._settle(content, 0)
                 self._slots.forget(slot)
 
     def next_expiry(self) -> float | None:
         """When ``expire`` has something to do, in ``time.monotonic()`` seconds; None if never."""
-        contents = (self._slots.content(slot) for slot in self._slots.free_slots)
-        return min((held.expires_at for held in contents if held and held.expires_at is not None), default=None)
+        contents = self._slots.contents()
+        return min((held.expires_at for _, held in contents if held.expires_at is not None), default=None)
 
     def forget_users(self) -> None:
         """Drop what users have said: what the free slots hold, and all of the prefix cache that is not pinned."""
-        for slot in self._slots.free_slots:
-            self._slots.forget(slot)
+        self._slots.forget_all()
         if self.tree is not None:
             self.tree.clear()
 
     def forget(self) -> None:
         """Drop everything: what the slots hold, and the prefix cache with its pinned prefixes."""
-        for slot in self._slots.free_slots:
-            self._slots.forget(slot)
+        self._slots.forget_all()
         if self.tree is not None:
             self.tree.reset()
 
-    def shared_len(self, token_ids: Sequence[int]) -> int:
-        """How many leading tokens of a prompt are no user's words."""
+    def _shared_len(self, user: str | None, token_ids: Sequence[int]) -> int:
+        """How many leading tokens of a prompt are no user's words; all of them if there is no user."""
+        if user is None:
+            return len(token_ids)
         return max((common_prefix_length(prefix, token_ids) for prefix in self.shared_prefixes), default=0)
 
     def _start(
         self, user: str | None, tokens: list[int], place: _Place, sampling: SamplingParams, max_tokens: int
     ) -> Started:
         content = self._slots.content(place.slot)
-        kept = self._usable(place.slot, user, tokens, self.shared_len(tokens)) if content else 0
+        kept = self._usable(place.slot, user, tokens, self._shared_len(user, tokens)) if content else 0
         kept = min(kept, place.reused_len)
         saved_len = 0
         with self._locked(place.match):  # what is saved here must not push it out
@@ -313,7 +313,7 @@ class PrefixReuse:
 
     def _place(self, user: str | None, tokens: list[int], limit: int) -> _Place:
         """The longest prefix there is, and the slot to have it in."""
-        shared_len = len(tokens) if user is None else self.shared_len(tokens)
+        shared_len = self._shared_len(user, tokens)
         victim = self._victim()
         best, best_len = victim, 0
         for slot in self._slots.free_slots:
@@ -389,8 +389,8 @@ class PrefixReuse:
 
     def _insert(self, slot: int, user: str | None, tokens: list[int]) -> int:
         assert self.tree is not None
-        shared_len = len(tokens) if user is None else self.shared_len(tokens)
         cache = self.engine.runner.cache
+        shared_len = self._shared_len(user, tokens)
         return self.tree.insert_prefix(user, tokens, shared_len, lambda start, stop: cache.read_rows(slot, start, stop))
 
     def _settle(self, content: SlotContent, kept: int) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from edge_llm.cache.state_file import Connections, is_damage, open_file, open_memory
 
@@ -161,6 +161,11 @@ class StateDb:
         assert isinstance(write.result, int)
         return write.result
 
+    def erase_rows(self, table: Literal["responses", "popular", "findings"], user: str | None) -> int | None:
+        """``erase`` one user's rows of a table, or all of them."""
+        where, parameters = ("", ()) if user is None else (" WHERE user = ?", (user,))
+        return self.erase(lambda connection: connection.execute(f"DELETE FROM {table}{where}", parameters).rowcount)  # noqa: S608
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was queued before is written or given up. False if that took longer."""
         with self._changed:
@@ -275,6 +280,26 @@ class StateDb:
         if self._last_logged is None or now - self._last_logged >= _LOG_INTERVAL_S:
             self._last_logged = now
             _log.warning("could not %s the state file", what, extra={"path": str(self._path), "reason": str(error)})
+
+
+class ErasureWatch:
+    """Tells those who keep rows in memory when they must forget them. Not thread-safe: each has its own.
+
+    Args:
+        db: the state file.
+    """
+
+    def __init__(self, db: StateDb) -> None:
+        self._db = db
+        self._generation = db.generation()
+
+    def erased(self) -> bool:
+        """Whether any process has erased something since the last call."""
+        generation = self._db.generation()
+        if generation is None or generation == self._generation:
+            return False
+        self._generation = generation
+        return True
 
 
 def _generation_of(connection: sqlite3.Connection) -> int:

@@ -149,6 +149,14 @@ class SlotPool:
         """What a free row still holds, or None."""
         return self._contents.get(slot)
 
+    def contents(self) -> list[tuple[int, SlotContent]]:
+        """The free rows that still hold something, lowest first."""
+        return sorted(self._contents.items(), key=lambda held: held[0])
+
+    def forget_all(self) -> None:
+        """What the free rows hold is worth nothing any more."""
+        self._contents.clear()
+
     def forget(self, slot: int) -> None:
         """What a free row holds is worth nothing any more."""
         self._contents.pop(slot, None)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edge_llm.bundle.manifest import GenerationDefaults
 
 # Colder than this, the most likely token has all the probability that a float can hold.
 GREEDY_BELOW: Final = 1e-3
@@ -26,6 +27,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    @classmethod
+    def from_defaults(cls, defaults: GenerationDefaults) -> SamplingParams:
+        """What a query that sets nothing is sampled with."""
+        return cls(
+            temperature=defaults.temperature,
+            top_k=defaults.top_k,
+            top_p=defaults.top_p,
+            min_p=defaults.min_p,
+            repetition_penalty=defaults.repetition_penalty,
+        )
 
     @property
     def plain_greedy(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.serving.request import Final, Message, Request, Timing, Usage
 
@@ -69,13 +71,6 @@ class Admitted:
 
 def sampling_params(query: Query, defaults: GenerationDefaults) -> SamplingParams:
     """The query's own settings over the bundle's."""
-    return SamplingParams(
-        temperature=defaults.temperature if query.temperature is None else query.temperature,
-        top_k=defaults.top_k if query.top_k is None else query.top_k,
-        top_p=defaults.top_p if query.top_p is None else query.top_p,
-        min_p=defaults.min_p if query.min_p is None else query.min_p,
-        repetition_penalty=(
-            defaults.repetition_penalty if query.repetition_penalty is None else query.repetition_penalty
-        ),
-        seed=query.seed,
-    )
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    own = {name: value for name in names if (value := getattr(query, name)) is not None}
+    return msgspec.structs.replace(SamplingParams.from_defaults(defaults), **own)

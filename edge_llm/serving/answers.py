@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edge_llm.cache.response_cache import ResponseCache
-    from edge_llm.engine.sampler import SamplingParams
-    from edge_llm.serving.request import Request
-
-Settings = tuple["SamplingParams", "int | None", tuple[str, ...]]
+    from edge_llm.serving.request import Request, Settings
 
 
 class Answers:
@@ -27,19 +24,16 @@ class Answers:
 
     Args:
         responses: where they are kept.
-        default_max_tokens: what a query that names no ``max_tokens`` gets.
     """
 
-    def __init__(self, responses: ResponseCache, default_max_tokens: int) -> None:
+    def __init__(self, responses: ResponseCache) -> None:
         self._responses = responses
-        self._default_max_tokens = default_max_tokens
 
     def find(self, request: Request, history: bytes = b"") -> Final | None:
         """The answer to the same question with the same settings after the same ``history`` (a digest), or None."""
         if not _cacheable(request):
             return None
-        settings = (request.sampling, request.max_tokens, request.stop)
-        found = self._responses.find(request.user, self._key(request.messages, request.session, settings, history))
+        found = self._responses.find(request.user, _key(request.messages, request.session, request.settings, history))
         if found is None:
             return None
         elapsed_ms = (time.monotonic() - request.received_at) * 1e3
@@ -57,24 +51,22 @@ class Answers:
             return
         usage = final.usage
         response = CachedResponse(final.text, final.finish_reason, usage.prompt_tokens, usage.completion_tokens)
-        settings = (request.sampling, request.max_tokens, request.stop)
-        self._responses.put(request.user, self._key(request.messages, request.session, settings, history), response)
+        key = _key(request.messages, request.session, request.settings, history)
+        self._responses.put(request.user, key, response)
 
     def has(self, user: str, session: str | None, text: str, settings: Settings, history: bytes) -> bool:
         """Whether a question of one message would be found."""
-        key = self._key([Message("user", text)], session, settings, history)
-        return self._responses.holds(user, key)
+        return self._responses.holds(user, _key([Message("user", text)], session, settings, history))
 
-    def _key(self, messages: Sequence[Message], session: str | None, settings: Settings, history: bytes) -> bytes:
-        sampling, max_tokens, stop = settings
-        every = msgspec.to_builtins(sampling)
-        # None is not the default's number: it gives way to a long prompt, an explicit one is refused there.
-        every["max_tokens"] = max_tokens
-        every["default_max_tokens"] = self._default_max_tokens
-        every["stop"] = list(stop)
-        every["session"] = session is not None
-        said = [(message.role, message.content) for message in messages]
-        return response_key(messages=said, settings=every, history=history)
+
+def _key(messages: Sequence[Message], session: str | None, settings: Settings, history: bytes) -> bytes:
+    every = msgspec.to_builtins(settings.sampling)
+    # None is not the default's number: it gives way to a long prompt, an explicit one is refused there.
+    every["max_tokens"] = settings.max_tokens
+    every["stop"] = list(settings.stop)
+    every["session"] = session is not None
+    said = [(message.role, message.content) for message in messages]
+    return response_key(messages=said, settings=every, history=history)
 
 
 def _cacheable(request: Request) -> bool:

@@ -20,6 +20,7 @@ from edge_llm.cache.store import SNAPSHOT_FOLDER, SnapshotStore
 from edge_llm.config import PrefetchConfig, cache_dir, state_dir
 from edge_llm.device.cpu import cpu_features
 from edge_llm.device.power import PowerGate
+from edge_llm.engine.engine import MIN_CHUNK
 from edge_llm.errors import EdgeLlmError
 from edge_llm.metrics import Metrics
 from edge_llm.serving.answers import Answers
@@ -54,7 +55,6 @@ class Caches:
         if self.snapshots is not None:
             self.snapshots.close(_FLUSH_TIMEOUT_S)
         if self.db is not None:
-            self.db.flush(_FLUSH_TIMEOUT_S)
             self.db.close()
 
 
@@ -82,10 +82,13 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     scope = _scope(model, config)
     if settings.responses:
         responses = ResponseCache(
-            caches.db, scope=scope, max_entries=settings.max_responses, max_bytes=settings.max_response_bytes
+            caches.db,
+            # A query that names no max_tokens gets the bundle's, at most this.
+            scope=snapshot_key(scope, str(config.serving.max_tokens)),
+            max_entries=settings.max_responses,
+            max_bytes=settings.max_response_bytes,
         )
-        default_max_tokens = min(model.bundle.manifest.generation.max_tokens, config.serving.max_tokens)
-        caches.answers = Answers(responses, default_max_tokens)
+        caches.answers = Answers(responses)
         metrics.gauge("responses_kept", lambda: responses.entries)
     if config.prefetch.popularity:
         caches.popularity = Popularity(caches.db)
@@ -108,7 +111,7 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
 
 
 def _scope(model: LoadedModel, config: Config) -> str:
-    """Names everything that an answer depends on beside its own query."""
+    """Names everything that a prompt's KV depends on, beside its tokens and what computes it."""
     template = model.renderer.template
     template_json = msgspec.json.encode(template).decode()
     return snapshot_key(model.bundle.digest, config.engine.target, template_json, str(model.engine.max_seq_len))
@@ -120,9 +123,8 @@ def _shared_prefixes(model: LoadedModel, config: Config) -> list[list[int]]:
         heads += [model.renderer.shared_prefix(system) for system in config.cache.pinned_system_prompts]
     elif config.cache.pinned_system_prompts:
         _log.warning("this model's template has no system message: cache.pinned_system_prompts is not used")
-    # What is left out: a head that begins another one, or has hardly any tokens.
-    room = model.engine.max_seq_len - 1
-    return [head for head in heads if 2 <= len(head) <= room]
+    # What is left out cannot be prefilled ahead: hardly any tokens, or no room for a question behind them.
+    return [head for head in heads if MIN_CHUNK <= len(head) < model.engine.max_seq_len]
 
 
 def _load_shipped(model: LoadedModel, config: Config, caches: Caches) -> None:

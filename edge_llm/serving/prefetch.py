@@ -9,11 +9,11 @@ A unit is one prefill chunk, one decode step or one copy; the scheduler looks fo
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
 from edge_llm.cache.normalise import normalise
+from edge_llm.cache.state_db import ErasureWatch
 from edge_llm.engine.prompt import Message
 from edge_llm.errors import EngineError, RequestError
 from edge_llm.serving.manners import Manners
@@ -71,10 +71,10 @@ class Prefetcher:
         self._rewarming = Rewarming(caches, sessions, self._pace, self._manners, clock)
         # A slot at least stays for whoever speaks next.
         self._speculator = Speculator(
-            self._engine, reuse, config.max_speculative_tokens, max_held=max(1, self._engine.slots.count - 1)
+            reuse, config.max_speculative_tokens, max_held=max(1, self._engine.slots.count - 1)
         )
         self._keep_awake_s = config.keep_awake_ms / 1e3 if config.partials and reuse.enabled else 0.0
-        self._generation: int | None = None
+        self._erasures = None if caches.db is None else ErasureWatch(caches.db)
         self._erasure_due = 0.0
 
     # --- from any thread ---------------------------------------------------------------------------------------------
@@ -112,14 +112,22 @@ class Prefetcher:
             room: for its prompt, in tokens.
             max_tokens: of its answer.
         """
-        prompt_ids = None
-        expected = self._speculator.expected_text(request)
-        if expected is not None and request.session is not None:
-            now = self._clock()
-            question = Message("user", expected)
-            with contextlib.suppress(RequestError):  # then it does not match
-                prompt_ids = self._sessions.expected_prompt(request.user, request.session, question, room, now)
-        return self._speculator.take(request, prompt_ids, max_tokens)
+        guesses = self._speculator.answering(request)
+        guess = next((guess for guess in guesses if self._is_current(guess, room)), None)
+        started = None if guess is None else self._speculator.release(guess, max_tokens)
+        if request.utterance is not None:
+            self._speculator.drop(request.user, request.utterance)
+        return started
+
+    def _is_current(self, guess: Guess, room: int) -> bool:
+        """Whether a guess answers its question after the session's turns as they are now."""
+        if guess.session is None:
+            return True
+        question = [Message("user", guess.text)]
+        try:
+            return self._sessions.prompt(guess.user, guess.session, question, room, self._clock()) == guess.prompt_ids
+        except RequestError:
+            return False
 
     @property
     def held_slots(self) -> int:
@@ -229,26 +237,21 @@ class Prefetcher:
         manner = self._manners.of(said.user)
         if expected is None or said.tries >= self._config.max_tries or not manner.sampling.deterministic:
             return False
-        history = self._sessions.digest(said.user, said.session)
-        if self._engine.free_slots < 2 or self._manners.is_answered(
-            self._caches.answers, said.user, said.session, expected, history
-        ):
+        answers, history = self._caches.answers, self._sessions.digest(said.user, said.session)
+        answered = answers is not None and answers.has(said.user, said.session, expected, manner, history)
+        if answered or self._engine.free_slots < 2:
             return False
         context = self._engine.max_seq_len
         max_tokens = min(manner.max_tokens or self._manners.default_max_tokens, context // 2)
-        message = Message("user", expected)
+        question, room = [Message("user", expected)], context - max_tokens
         try:
-            prompt_ids = self._sessions.expected_prompt(
-                said.user, said.session, message, context - max_tokens, self._clock()
-            )
+            prompt_ids = self._sessions.prompt(said.user, said.session, question, room, self._clock())
             started = self._reuse.start(said.user, prompt_ids, manner.sampling, max_tokens, ahead=True)
         except (RequestError, EngineError):
             return False  # too long: the query will be told
         self._utterances.count_try(said)
         expires_at = said.updated_at + self._config.warm_s
-        self._speculator.begin(
-            Guess(said.user, said.name, said.session, expected, tuple(prompt_ids), manner.sampling, started, expires_at)
-        )
+        self._speculator.begin(Guess(said.user, said.name, said.session, expected, started, expires_at))
         return True
 
     def _expected(self, said: Utterance) -> str | None:
@@ -278,16 +281,11 @@ class Prefetcher:
 
     def _notice_erasure(self, now: float) -> None:
         """What `edge-llm cache clear` has erased on the disk is forgotten here, too."""
-        db = self._caches.db
-        if db is None or now < self._erasure_due:
+        if self._erasures is None or now < self._erasure_due:
             return
         self._erasure_due = now + _ERASURE_INTERVAL_S
-        generation = db.generation()
-        if generation is None or generation == self._generation:
-            return
-        if self._generation is not None:
+        if self._erasures.erased():
             self.close()
             self._reuse.forget_users()
             self._rewarming.forget_users()
             self._manners.clear()
-        self._generation = generation

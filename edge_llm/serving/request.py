@@ -13,7 +13,7 @@ from edge_llm.engine.prompt import Message
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.errors import RequestError
 
-__all__ = ["Delta", "Event", "Failed", "Final", "Message", "Request", "Timing", "Usage"]
+__all__ = ["Delta", "Event", "Failed", "Final", "Message", "Request", "Settings", "Timing", "Usage"]
 
 Priority = Literal["interactive", "background"]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -69,6 +69,15 @@ class Failed:
 Event: TypeAlias = Delta | Final | Failed
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What beside its words decides how a query is answered. ``max_tokens`` None leaves it to the default."""
+
+    sampling: SamplingParams
+    max_tokens: int | None
+    stop: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """A validated query, ready for admission. Times are ``time.monotonic()`` seconds.
@@ -100,6 +109,11 @@ class Request:
     priority: Priority = "interactive"
     utterance: str | None = None
     cache: CacheUse = "use"
+
+    @property
+    def settings(self) -> Settings:
+        """How it wants to be answered."""
+        return Settings(self.sampling, self.max_tokens, self.stop)
 
     @property
     def key(self) -> tuple[str, str]:

@@ -159,7 +159,8 @@ class Rewarming:
             return False
         user, text = self._popular[0]
         token_ids = self._sessions.renderer.encode([Message("user", text)])
-        answered = self._manners.is_answered(self._caches.answers, user, None, text, b"")
+        answers = self._caches.answers
+        answered = answers is not None and answers.has(user, None, text, self._manners.of(user), b"")
         if not answered and self._reuse.saved_len(user, token_ids) < len(token_ids) - MIN_CHUNK:
             if warm_chunk(self._reuse, self._pace, user, token_ids, to_the_end=True):
                 return True

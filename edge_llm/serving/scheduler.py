@@ -24,7 +24,7 @@ from edge_llm.serving.caches import Caches, no_caches
 from edge_llm.serving.prefetch import Prefetcher
 from edge_llm.serving.queue import FairQueue
 from edge_llm.serving.request import Delta, Final, Timing, Usage
-from edge_llm.serving.sessions import SessionStore, too_long
+from edge_llm.serving.sessions import SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,13 +80,7 @@ class Scheduler:
         )
         self._caches = caches or no_caches(engine)
         self._reuse = self._caches.reuse
-        sampling = SamplingParams(
-            temperature=defaults.temperature,
-            top_k=defaults.top_k,
-            top_p=defaults.top_p,
-            min_p=defaults.min_p,
-            repetition_penalty=defaults.repetition_penalty,
-        )
+        sampling = SamplingParams.from_defaults(defaults)
         self._prefetch = Prefetcher(self._caches, self._sessions, sampling, self._default_max_tokens)
         # From the response cache, for prefetch to learn from; the oldest are forgotten while it has no time.
         self._answered: deque[Request] = deque(maxlen=_MAX_ANSWERED)
@@ -165,8 +159,6 @@ class Scheduler:
             self._thread.join()
         return in_time
 
-    # --- the engine thread -----------------------------------------------------------------------------------------
-
     def _answer_from_cache(self, request: Request) -> bool:
         """Answer on the caller's thread: the engine's may be in the middle of a chunk."""
         # In a session the answer depends on the turns before, which only the engine's thread knows.
@@ -185,6 +177,8 @@ class Scheduler:
         deliver(request, Delta(found.text))
         deliver(request, found)
         return True
+
+    # --- the engine thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
@@ -308,12 +302,7 @@ class Scheduler:
         context = self._engine.max_seq_len
         # An explicit max_tokens is kept or refused; the default gives way to a long prompt.
         room = context - (request.max_tokens or 1)
-        if request.session is not None:
-            prompt_ids = self._sessions.prompt(request.user, request.session, request.messages, room, active.started_at)
-        else:
-            prompt_ids = self._renderer.encode(request.messages)
-        if len(prompt_ids) > room:
-            raise too_long(len(prompt_ids), room)
+        prompt_ids = self._sessions.prompt(request.user, request.session, request.messages, room, active.started_at)
         max_tokens = request.max_tokens or min(self._default_max_tokens, context - len(prompt_ids))
         active.started = self._prefetch.release_guess(request, room, max_tokens)
         if active.started is None:

@@ -52,8 +52,8 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def prompt(self, user: str, name: str, new: Sequence[Message], room: int, now: float) -> list[int]:
-        """Token ids of the session's turns and the new messages, at most ``room`` of them.
+    def prompt(self, user: str, name: str | None, new: Sequence[Message], room: int, now: float) -> list[int]:
+        """Token ids of the session's turns (none without a session) and the new messages, at most ``room`` of them.
 
         The oldest turns are left out, whole, until it fits: the prompt is always one that the template would render.
 
@@ -84,19 +84,10 @@ class SessionStore:
             text: whole words; may be empty.
             room: for the prompt that it will become.
         """
-        turns = self._turns(user, name) if name is not None else []
-        said = len(self.renderer.open_prefix([], text))
-        first_turn = _first_fitting([turn.token_count for turn in turns], room - said)
-        return self.renderer.open_prefix(_messages(turns[first_turn:]), text)
-
-    def expected_prompt(self, user: str, name: str | None, question: Message, room: int, now: float) -> list[int]:
-        """The prompt of a question, in a session or of its own. Raises as ``prompt`` does."""
-        if name is not None:
-            return self.prompt(user, name, [question], room, now)
-        token_ids = self.renderer.encode([question])
-        if len(token_ids) > room:
-            raise too_long(len(token_ids), room)
-        return token_ids
+        alone = self.renderer.open_prefix([], text)
+        turns = self._turns(user, name)
+        turns = turns[_first_fitting([turn.token_count for turn in turns], room - len(alone)) :]
+        return self.renderer.open_prefix(_messages(turns), text) if turns else alone
 
     def digest(self, user: str, name: str | None) -> bytes:
         """A hash of everything before a question that its answer depends on; empty without a session."""
@@ -105,8 +96,8 @@ class SessionStore:
         said = [[turn.question.content, turn.answer.content] for turn in self._turns(user, name)]
         return hashlib.blake2b(msgspec.json.encode(said), digest_size=16).digest()
 
-    def _turns(self, user: str, name: str) -> list[_Turn]:
-        session = self._sessions.get((user, name))
+    def _turns(self, user: str, name: str | None) -> list[_Turn]:
+        session = None if name is None else self._sessions.get((user, name))
         return session.turns if session else []
 
     def add_turn(self, user: str, name: str, question: Message, answer: Message, now: float) -> None:

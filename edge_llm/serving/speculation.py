@@ -9,8 +9,6 @@ from edge_llm.cache.normalise import normalise
 
 if TYPE_CHECKING:
     from edge_llm.cache.reuse import PrefixReuse, Started
-    from edge_llm.engine.engine import Engine
-    from edge_llm.engine.sampler import SamplingParams
     from edge_llm.serving.request import Request
 
 
@@ -23,8 +21,7 @@ class Guess:
         utterance: whose partials led to the guess.
         session: of the expected query.
         text: the expected question.
-        prompt_ids: what is being answered: the question after the session's turns as they were.
-        started: the sequence; it keeps its slot.
+        started: the sequence; it keeps its slot. Its prompt is the question after the session's turns as they were.
         expires_at: ``time.monotonic()`` seconds, when nobody is expected to ask any more.
     """
 
@@ -32,10 +29,24 @@ class Guess:
     utterance: str
     session: str | None
     text: str
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
     started: Started
     expires_at: float
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What is being answered."""
+        return self.started.state.prompt_ids
+
+    def may_answer(self, request: Request) -> bool:
+        """Whether a query asks just this, in the same way; its session may have gone on meanwhile."""
+        return (
+            self.user == request.user
+            and self.session == request.session
+            and request.cache == "use"
+            and self.started.state.sampler.params == request.sampling
+            and len(request.messages) == 1
+            and normalise(self.text) == normalise(request.messages[0].content)
+        )
 
     @property
     def computed(self) -> int:
@@ -48,14 +59,13 @@ class Speculator:
     """Holds at most ``max_held`` guesses, one an utterance. Belongs to the engine's thread.
 
     Args:
-        engine: generates.
-        reuse: lends slots; its metrics count what was computed, used and wasted.
+        reuse: lends slots of its engine; its metrics count what was computed, used and wasted.
         max_tokens: the most tokens that are generated ahead.
         max_held: bound on the guesses, and so on the slots that they keep.
     """
 
-    def __init__(self, engine: Engine, reuse: PrefixReuse, max_tokens: int, max_held: int) -> None:
-        self._engine = engine
+    def __init__(self, reuse: PrefixReuse, max_tokens: int, max_held: int) -> None:
+        self._engine = reuse.engine
         self._reuse = reuse
         self._metrics = reuse.metrics
         self._max_tokens = max_tokens
@@ -106,43 +116,31 @@ class Speculator:
             return computed
         return 0
 
-    def take(self, request: Request, prompt_ids: list[int] | None, max_tokens: int) -> Started | None:
-        """Release the guess that a query matches, to that query; every other guess of its utterance is dropped.
+    def answering(self, request: Request) -> list[Guess]:
+        """The guesses that a query may have."""
+        return [guess for guess in self._held if guess.may_answer(request)]
 
-        Args:
-            request: the query.
-            prompt_ids: of the expected question in the query's session as it is now; None without a session.
-            max_tokens: the query's own limit.
-        """
-        guess = next((held for held in self._held if _matches(held, request, prompt_ids)), None)
-        if guess is not None:
-            self._held.remove(guess)
-            state = guess.started.state
-            fits = len(state.prompt_ids) + max_tokens - 1 <= self._engine.max_seq_len
-            if state.fault is None and fits:
-                state.max_tokens = max_tokens
-                # A query with this limit would have ended there, before it saw a stop token.
-                if len(state.output_ids) >= max_tokens:
-                    del state.output_ids[max_tokens:]
-                    state.stopped = False
-                self._metrics.count("prefetch_tokens_used", guess.computed)
-                self._metrics.count("speculations_released")
-            else:
-                self._release(guess, keep=state.fault is None)
-                guess = None
-        if request.utterance is not None:
-            self.drop(request.user, request.utterance)
-        return None if guess is None else guess.started
-
-    def expected_text(self, request: Request) -> str | None:
-        """The question of a guess that may be this query's, to render it in the query's session."""
-        return next((held.text for held in self._held if _may_match(held, request)), None)
+    def release(self, guess: Guess, max_tokens: int) -> Started | None:
+        """Hand a guess over to its query, whose answer has at most ``max_tokens``. None if it cannot go on."""
+        state = guess.started.state
+        if state.fault is not None or len(state.prompt_ids) + max_tokens - 1 > self._engine.max_seq_len:
+            self._drop(guess, keep=state.fault is None)
+            return None
+        self._held.remove(guess)
+        state.max_tokens = max_tokens
+        # A query with this limit would have ended there, before it saw a stop token.
+        if len(state.output_ids) >= max_tokens:
+            del state.output_ids[max_tokens:]
+            state.stopped = False
+        self._metrics.count("prefetch_tokens_used", guess.computed)
+        self._metrics.count("speculations_released")
+        return guess.started
 
     def drop(self, user: str, utterance: str) -> None:
         """Forget the guess at an utterance."""
-        for guess in list(self._held):
-            if (guess.user, guess.utterance) == (user, utterance):
-                self._drop(guess)
+        guess = self.find(user, utterance)
+        if guess is not None:
+            self._drop(guess)
 
     def drop_where_not(self, alive: set[tuple[str, str]]) -> None:
         """Forget the guesses at utterances that nobody will finish."""
@@ -159,24 +157,6 @@ class Speculator:
 
     def _drop(self, guess: Guess, *, keep: bool = True) -> None:
         self._held.remove(guess)
-        self._release(guess, keep=keep)
-
-    def _release(self, guess: Guess, *, keep: bool) -> None:
         self._metrics.count("prefetch_tokens_wasted", guess.computed)
         self._metrics.count("speculations_dropped")
         self._reuse.release(guess.started, keep=keep, expires_at=guess.expires_at)
-
-
-def _may_match(guess: Guess, request: Request) -> bool:
-    return (
-        guess.user == request.user
-        and guess.session == request.session
-        and request.cache == "use"
-        and guess.sampling == request.sampling
-        and len(request.messages) == 1
-        and normalise(guess.text) == normalise(request.messages[0].content)
-    )
-
-
-def _matches(guess: Guess, request: Request, prompt_ids: list[int] | None) -> bool:
-    return _may_match(guess, request) and (prompt_ids is None or tuple(prompt_ids) == guess.prompt_ids)

@@ -99,7 +99,7 @@ class Driver:
         return Caches(
             reuse,
             config,
-            Answers(responses, DEFAULTS.max_tokens),
+            Answers(responses),
             Popularity(db) if config.popularity else None,
             PrefixLint(db),
             snapshots,
