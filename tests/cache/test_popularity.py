@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,27 +13,10 @@ from edge_llm.cache.normalise import normalise
 from edge_llm.cache.popularity import HALF_LIFE_S, Popularity, clear_popular, popular_counts
 from edge_llm.cache.state_db import StateDb, state_path
 from edge_llm.cache.state_file import open_memory
+from tests.cache.conftest import Clock
 
 FLUSH_S = 10
 DAY_S = 86_400.0
-
-
-class Clock:
-    now = 1.7e9
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[StateDb]:
-    with contextlib.closing(StateDb.open(state_path(tmp_path))) as opened:
-        yield opened
 
 
 def ask(popularity: Popularity, user: str, text: str, times: int = 1) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -15,27 +14,10 @@ from edge_llm.cache import prefix_lint
 from edge_llm.cache.prefix_lint import MAX_FINDINGS, Finding, PrefixLint, clear_findings
 from edge_llm.cache.state_db import StateDb, state_path
 from edge_llm.cache.state_file import open_memory
+from tests.cache.conftest import Clock
 
 FLUSH_S = 10
 HEAD = "You are the voice of a car. It is {}. Answer in one short sentence, and never guess a number."
-
-
-class Clock:
-    now = 1.7e9
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[StateDb]:
-    with contextlib.closing(StateDb.open(state_path(tmp_path))) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,12 +28,6 @@ FLUSH_S = 10
 ANSWER = CachedResponse("It is 80 km.", "stop", 12, 6)
 MESSAGES = [("system", "You are a car."), ("user", "How far is it?")]
 SETTINGS: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "max_tokens": 64, "stop": ["\n"], "seed": None}
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[StateDb]:
-    with contextlib.closing(StateDb.open(state_path(tmp_path))) as opened:
-        yield opened
 
 
 def make(db: StateDb, scope: str = "a" * 64, max_entries: int = 100, max_bytes: int = 1 << 20) -> ResponseCache:
