@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -59,6 +59,15 @@ def ask(config: MqttConfig, question: Question, *, as_json: bool) -> int:
                 # A lost delta costs nothing: the final has the whole text.
                 rest = event["text"].removeprefix(printed) if event["text"].startswith(printed) else event["text"]
                 print(rest, flush=True)
+                for action in event["actions"]:
+                    print(format_action(action), file=sys.stderr)
             else:
                 print(f"edge-llm: {event['code']} {event['name']}: {event['message']}", file=sys.stderr)
     return 1 if event["type"] == "error" else 0
+
+
+def format_action(action: dict[str, Any]) -> str:
+    """One line for an action of a ``final`` event."""
+    slots = "".join(f" {name}={value}" for name, value in action["slots"].items())
+    confirm = ", ask back first" if action["confirm"] else ""
+    return f"→ {action['name']}{slots} (confidence {action['confidence']:.2f}{confirm})"

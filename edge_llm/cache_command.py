@@ -9,6 +9,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from edge_llm.cache.feedback_log import clear_feedback, stored_feedback
 from edge_llm.cache.popularity import clear_popular, popular_counts
 from edge_llm.cache.prefix_lint import Finding, clear_findings, stored_findings
 from edge_llm.cache.response_cache import ResponseStats, clear_responses, response_stats
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from edge_llm.config import Config
 
-PARTS: Final = ("responses", "popular", "prefixes")
+PARTS: Final = ("responses", "popular", "feedback", "prefixes")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class CacheInfo:
     responses: ResponseStats
     popular: dict[str, int]
     findings: list[Finding]
+    feedback: int
     prefixes: Prefixes
 
 
@@ -75,6 +77,7 @@ def cache_info(config: Config) -> CacheInfo:
             responses=response_stats(db) if db else ResponseStats(0, 0, 0),
             popular=popular_counts(db) if db else {},
             findings=stored_findings(db) if db else [],
+            feedback=len(stored_feedback(db)) if db else 0,
             prefixes=_prefixes(folder),
         )
 
@@ -87,6 +90,7 @@ def format_info(info: CacheInfo) -> str:
         f"responses  {responses.entries}, {responses.nbytes / 1e6:.2f} MB, {responses.hits} hits",
         f"popular    {sum(info.popular.values())} queries of {len(info.popular)} users",
         *(f"           {user}: {count}" for user, count in info.popular.items()),
+        f"feedback   {info.feedback} entries",
         f"prefixes   {info.prefixes.files} files, {info.prefixes.nbytes / 1e6:.2f} MB",
         *(f"finding    {finding.user}, {finding.count} times: {finding}" for finding in info.findings),
     ]
@@ -113,6 +117,8 @@ def clear_cache(config: Config, user: str | None, parts: Collection[str]) -> Ite
             yield Cleared(f"responses{whose}", clear_responses(db, user) if db else 0)
         if not parts or "popular" in parts:
             yield Cleared(f"popular queries{whose}", clear_popular(db, user) if db else 0)
+        if not parts or "feedback" in parts:
+            yield Cleared(f"feedback entries{whose}", clear_feedback(db, user) if db else 0)
         if not parts:
             yield Cleared(f"findings{whose}", clear_findings(db, user) if db else 0)
     if user is None and (not parts or "prefixes" in parts):

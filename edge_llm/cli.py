@@ -1,4 +1,4 @@
-"""The ``edge-llm`` command: serve · ask · demo · bench · doctor · prepare · cache.
+"""The ``edge-llm`` command: serve · ask · demo · bench · doctor · prepare · cache · feedback.
 
 Exit status: 0 done, 1 a check or an answer failed, 2 bad input or configuration.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -63,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print the events as they come, one JSON object a line")
     ask.add_argument("--mqtt3", action="store_true", help="use MQTT 3.1.1")
 
-    demo = _command(commands, "demo", _demo, "start a broker and a daemon, ask six questions, print the times")
-    demo.add_argument("--interactive", action="store_true", help="keep a prompt open instead of the six questions")
+    demo = _command(commands, "demo", _demo, "start a broker and a daemon, ask some questions, print the times")
+    demo.add_argument("--interactive", action="store_true", help="keep a prompt open instead of the questions")
 
     bench = _command(commands, "bench", _bench, "measure load, memory, prefill and decode of a bundle")
     bench.add_argument("--rounds", type=positive_int, default=5, help="repetitions (default: 5)")
@@ -84,7 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     clear.add_argument("--user", help="only what belongs to this user")
     clear.add_argument("--responses", action="store_true", help="answers")
     clear.add_argument("--popular", action="store_true", help="what was asked often")
+    clear.add_argument("--feedback", action="store_true", help="what was refused, failed or rated")
     clear.add_argument("--prefixes", action="store_true", help="snapshots of prompt prefixes")
+    about_feedback = "look through what was refused, failed or rated"
+    feedback = commands.add_parser("feedback", help=about_feedback, description=about_feedback.capitalize())
+    feedback_commands = feedback.add_subparsers(required=True, metavar="COMMAND")
+    export = _command(feedback_commands, "export", _feedback_export, "print it as utterances for the domain pack")
+    export.add_argument("--out", type=Path, metavar="FILE", help="write a file instead, for its owner alone")
+    export.add_argument("--user", help="only of this user")
+    erase = _command(feedback_commands, "clear", _feedback_clear, "remove it")
+    erase.add_argument("--user", help="only what belongs to this user")
     return parser
 
 
@@ -94,7 +104,7 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
     settings = parser.add_argument_group("settings", "each overrides the environment, the config and the device file")
     settings.add_argument("--config", metavar="FILE", help="a TOML config file")
     settings.add_argument("--device", metavar="NAME", help="a device file by name (default: detect)")
-    settings.add_argument("--bundle", metavar="DIR", help="the bundle folder")
+    settings.add_argument("--bundle", metavar="DIR", help="the bundle folder (default: the one that came along)")
     settings.add_argument("--host", help="the broker's host (mqtt.host)")
     settings.add_argument("--port", type=int, help="the broker's port (mqtt.port)")
     settings.add_argument("--node", help="this device's name in the topics (mqtt.node)")
@@ -140,10 +150,9 @@ def _assign(flags: dict[str, Any], assignment: str) -> None:
 
 def _bundle_of(config: Config) -> Any:
     from edge_llm.bundle.manifest import Bundle
+    from edge_llm.bundle.shipped import shipped_bundle
 
-    if config.bundle is None:
-        raise ConfigError("no bundle: give --bundle FOLDER, the folder that `python -m export bundle` wrote")
-    return Bundle.open(config.bundle)
+    return Bundle.open(config.bundle or shipped_bundle())
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -227,6 +236,29 @@ def _cache_clear(args: argparse.Namespace) -> int:
         print(cleared, flush=True)
         failed = failed or cleared.removed is None
     return 1 if failed else 0
+
+
+def _feedback_export(args: argparse.Namespace) -> int:
+    from edge_llm.feedback_command import export_feedback, write_export
+
+    configure_logging("error", "text")
+    text = export_feedback(settings(args), args.user)
+    if args.out is None:
+        print(text, end="")
+    else:
+        write_export(text, args.out)
+    return 0
+
+
+def _feedback_clear(args: argparse.Namespace) -> int:
+    from edge_llm.feedback_command import erase_feedback
+
+    configure_logging("error", "text")
+    removed = erase_feedback(settings(args), args.user)
+    if removed is None:
+        raise ConfigError("the feedback could not be removed: the state file is in use or cannot be written")
+    print(f"removed {removed} feedback entries")
+    return 0
 
 
 if __name__ == "__main__":

@@ -114,6 +114,13 @@ class CacheConfig(_Strict, frozen=True):
     max_response_bytes: Annotated[int, Meta(ge=4096)] = 8 << 20
 
 
+class FeedbackConfig(_Strict, frozen=True):
+    """Whether refused, failed and rated answers are kept for the people who write the pack, the oldest go first."""
+
+    enabled: bool = False
+    max_entries: Annotated[int, Meta(ge=1, le=100_000)] = 2000
+
+
 class PrefetchConfig(_Strict, frozen=True):
     """Work that is done before a query has come, only while nothing else runs.
 
@@ -161,6 +168,7 @@ class Config(_Strict, frozen=True):
     serving: ServingConfig = msgspec.field(default_factory=ServingConfig)
     cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
     prefetch: PrefetchConfig = msgspec.field(default_factory=PrefetchConfig)
+    feedback: FeedbackConfig = msgspec.field(default_factory=FeedbackConfig)
 
 
 def load_config(

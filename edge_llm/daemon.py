@@ -20,6 +20,7 @@ from edge_llm import __version__
 from edge_llm.device.memory import limit_malloc_arenas
 from edge_llm.engine.loading import LoadedModel, load_model
 from edge_llm.metrics import Metrics
+from edge_llm.mqtt.feedback import FeedbackRecorder
 from edge_llm.mqtt.gateway import Gateway
 from edge_llm.serving.caches import Caches, open_caches
 from edge_llm.serving.scheduler import Scheduler
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from edge_llm.bundle.manifest import Bundle
     from edge_llm.config import Config
+    from edge_llm.domain.schema import DomainSchema
 
 _log = logging.getLogger(__name__)
 
@@ -79,14 +81,19 @@ def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: 
     model = load_model(bundle, config, on_state=report)
     generation = bundle.manifest.generation
     caches = open_caches(model, config, metrics)
-    scheduler = Scheduler(model.engine, model.tokenizer, model.renderer, generation, config.serving, caches)
+    if model.domain is not None:
+        model.domain.values = gateway.state_values
+    scheduler = Scheduler(
+        model.engine, model.tokenizer, model.renderer, generation, config.serving, caches=caches, domain=model.domain
+    )
     for name in ("queued", "active", "sessions"):
         metrics.gauge(name, lambda name=name: scheduler.load[name])  # type: ignore[misc]
     # What has been loaded stays: the collector need not look at it again, which would cost milliseconds each time.
     gc.collect()
     gc.freeze()
     scheduler.start()
-    gateway.bind(scheduler, generation)
+    recorder = None if caches.feedback is None else FeedbackRecorder(caches.feedback)
+    gateway.bind(scheduler, generation, recorder)
     gateway.publish_info(_info(model, config))
     gateway.set_state("online", bundle=bundle.manifest.name)
     _log.info(
@@ -132,7 +139,8 @@ def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
             "max_payload_bytes": config.serving.max_payload_bytes,
             "max_tokens": config.serving.max_tokens,
         },
-        "features": _features(config),
+        "features": _features(config, model),
+        "domain": None if model.domain is None else _domain_info(model.domain.schema),
         "versions": {
             "edge_llm": __version__,
             "contract": 1,
@@ -142,13 +150,25 @@ def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
     }
 
 
-def _features(config: Config) -> list[str]:
+def _domain_info(schema: DomainSchema) -> dict[str, Any]:
+    """What the host may be asked to do, and the values that it should publish."""
+    return {
+        "name": schema.name,
+        "version": schema.version,
+        "actions": {action.name: list(action.slots) for action in schema.actions},
+        "state": list(schema.state),
+    }
+
+
+def _features(config: Config, model: LoadedModel) -> list[str]:
     optional = {
         "partials": config.cache.prefix and config.prefetch.partials,
         "speculation": config.cache.prefix and config.prefetch.speculation,
         "response_cache": config.cache.responses,
     }
-    always = ["stream", "cancel", "supersedes", "session", "priority", "deadline", "pool"]
+    always = ["stream", "cancel", "supersedes", "priority", "deadline", "pool"]
+    # A domain model answers each query by itself.
+    always += ["session"] if model.domain is None else ["actions"]
     return always + [name for name, used in optional.items() if used]
 
 

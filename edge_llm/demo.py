@@ -1,4 +1,4 @@
-"""``edge-llm demo``: a broker, a daemon and six questions, all of it on this machine and stopped at the end."""
+"""``edge-llm demo``: a broker, a daemon and some questions, all of it on this machine and stopped at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from edge_llm.ask import format_action
 from edge_llm.config import MqttConfig
+from edge_llm.domain.domain import read_schema
 from edge_llm.errors import EdgeLlmError
 from edge_llm.local_broker import local_broker
 from edge_llm.mqtt.asking import Asker, DaemonOfflineError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from edge_llm.bundle.manifest import Bundle
     from edge_llm.config import Config
+    from edge_llm.domain.schema import DomainSchema
 
 NODE: Final = "demo"
 # The first start packs the weights for this processor, which takes minutes on the smallest boards.
@@ -79,11 +82,23 @@ def demo(config: Config, bundle: Bundle, *, interactive: bool) -> int:
                 started = time.monotonic()
                 _wait_online(asker, daemon, folder)
                 print(f"online    after {time.monotonic() - started:.1f} s", flush=True)
+                schema = read_schema(bundle)
+                for name, value in ({} if schema is None else schema.state).items():
+                    if value.example is not None:
+                        asker.publish_state(name, value.example)
                 if interactive:
                     _converse(asker)
                 else:
-                    _print_table([_ask(asker, question) for question in QUESTIONS])
+                    _print_table([_ask(asker, question) for question in _questions(schema)])
     return 0
+
+
+def _questions(schema: DomainSchema | None) -> tuple[_Question, ...]:
+    """What to ask: a domain model knows its own pack and nothing else."""
+    if schema is None or not schema.examples:
+        return QUESTIONS
+    asked = tuple(_Question(text) for text in schema.examples)
+    return (*asked, _Question(schema.examples[0], remark="asked again"))
 
 
 @contextlib.contextmanager
@@ -153,6 +168,8 @@ def _ask(asker: Asker, question: _Question) -> _Row:
             asker.cancel(query_id)
             cancelled = True
     print()
+    for action in event["actions"]:
+        print(format_action(action))
     return _Row(question, event, first_text_ms, (time.monotonic() - started) * 1e3)
 
 
@@ -173,6 +190,8 @@ def _converse(asker: Asker) -> None:
                 elif event["type"] == "error":
                     print(f"{event['code']} {event['name']}: {event['message']}", end="")
             print()
+            for action in event.get("actions", ()):
+                print(format_action(action))
         except KeyboardInterrupt:
             print(" [stopped]")
 

@@ -14,11 +14,12 @@ import onnxruntime as ort
 
 from edge_llm import __version__
 from edge_llm.bundle.manifest import Bundle
+from edge_llm.bundle.shipped import shipped_bundle
 from edge_llm.cache_command import recent_finding
 from edge_llm.device.cpu import has_int8_dot_product, physical_cores
 from edge_llm.device.providers import choose_provider
 from edge_llm.engine.loading import load_model
-from edge_llm.errors import EdgeLlmError
+from edge_llm.errors import BundleNotFoundError, EdgeLlmError
 from edge_llm.mqtt.asking import Asker
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ def run_doctor(config: Config) -> Iterator[Check]:
     yield _int8(config)
     yield _guarded("broker", lambda: _broker(config))
     yield _prefix(config)
-    if config.bundle is None:
-        yield Check("bundle", False, "none named: give --bundle FOLDER")
+    try:
+        bundle_folder = config.bundle or str(shipped_bundle())
+    except BundleNotFoundError as error:
+        yield Check("bundle", False, str(error))
         return
-    bundle_folder = config.bundle
     yield _guarded("bundle", lambda: _bundle(bundle_folder))
     yield _guarded("answer", lambda: _answer(bundle_folder, config))
 

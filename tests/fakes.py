@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,15 +37,22 @@ TEMPLATE = PromptTemplate(
 )
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Token id = byte for 0 to 255, then the special tokens."""
+def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, merged: Sequence[str] = ()) -> Tokenizer:
+    """Token id = byte for 0 to 255, then what is ``merged`` to longer and longer tokens, then the special tokens."""
     # The alphabet's order is the byte order of GPT-2's printable mapping.
     alphabet = _bytes_to_unicode()
     vocab = {alphabet[byte]: byte for byte in range(256)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    merges: list[tuple[str, str]] = []
+    for text in merged:
+        pieces = [alphabet[byte] for byte in text.encode()]
+        pairs = list(zip(accumulate(pieces), pieces[1:], strict=False))
+        merges += [pair for pair in pairs if pair not in merges]
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in special_tokens])
     return Tokenizer(backend)
 
 
@@ -57,7 +66,13 @@ def _bytes_to_unicode() -> dict[int, str]:
 class FakeRunner:
     """Stands in for engine/runner.py's Runner. With ``gate`` closed a run waits; ``fail_next`` is raised."""
 
-    def __init__(self, slots: int = 4, max_seq_len: int = 256, stop_after: int | None = None) -> None:
+    def __init__(
+        self,
+        slots: int = 4,
+        max_seq_len: int = 256,
+        stop_after: int | None = None,
+        vocab_size: int = 256 + len(SPECIAL_TOKENS),
+    ) -> None:
         self.dims = ModelDims(
             architecture="gpt2",
             num_layers=1,
@@ -65,7 +80,7 @@ class FakeRunner:
             num_kv_heads=1,
             head_dim=8,
             hidden_size=8,
-            vocab_size=256 + len(SPECIAL_TOKENS),
+            vocab_size=vocab_size,
             max_seq_len=max_seq_len,
         )
         self.rows = np.zeros((slots, max_seq_len), np.int64)
@@ -135,6 +150,32 @@ class FakeRunner:
 
     def _copy_row(self, source: int, target: int, length: int) -> None:
         self.rows[target, :length] = self.rows[source, :length]
+
+
+class ScriptedRunner(FakeRunner):
+    """Answers each user text with the tokens that a test has written for it, then stops.
+
+    Args:
+        answers: token ids for each text.
+        tokenizer: of prompts ``<|user|>text<|reply|>``.
+    """
+
+    def __init__(self, answers: Mapping[str, Sequence[int]], tokenizer: Tokenizer, slots: int = 3) -> None:
+        super().__init__(slots, vocab_size=tokenizer.vocab_size)
+        self.answers = dict(answers)
+        self._tokenizer = tokenizer
+
+    def _next(self, slot: int, length: int, row: int) -> int:
+        user_id, reply_id, end_id = map(self._tokenizer.token_id, ("<|user|>", "<|reply|>", "<|end|>"))
+        content = self.rows[slot, :length].tolist()
+        token_id = end_id
+        if reply_id in content:
+            reply = content.index(reply_id)
+            script = self.answers[self._tokenizer.decode(content[content.index(user_id) + 1 : reply])]
+            token_id = [*script, *[end_id] * length][length - 1 - reply]
+        self._logits[row] = 0
+        self._logits[row, token_id] = 10
+        return token_id
 
 
 def fake_engine(runner: FakeRunner, prefill_chunk: int = 16) -> Engine:

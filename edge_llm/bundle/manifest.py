@@ -5,6 +5,7 @@ A bundle is a folder::
     BUNDLE/manifest.json
     BUNDLE/tokenizer.json
     BUNDLE/quality.json
+    BUNDLE/domain.json       README.md
     BUNDLE/graphs/<target>/model.onnx  model.onnx.data  prefix.kv
 
 Only files that the manifest names are opened, after their size and SHA-256 have been checked.
@@ -134,8 +135,8 @@ class Expectation(_Strict, frozen=True):
     token_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1)]
 
 
-class Manifest(_Strict, frozen=True):
-    """The whole of ``manifest.json``."""
+class Manifest(_Strict, frozen=True, omit_defaults=True):
+    """The whole of ``manifest.json``. ``domain_file`` tells what the model may ask the host to do (edge_llm/domain)."""
 
     format: Literal[1]
     name: str
@@ -152,6 +153,7 @@ class Manifest(_Strict, frozen=True):
     quality: tuple[GraphQuality, ...]
     expectation: Expectation
     files: Annotated[tuple[FileEntry, ...], Meta(min_length=1)]
+    domain_file: str | None = None
 
     def graph(self, target: str) -> Graph:
         """The graph of one target. Raises ``ManifestError`` naming the targets there are."""
@@ -263,7 +265,7 @@ def _check_consistency(manifest: Manifest) -> None:
             )
     if len(set(names)) != len(names):
         raise ManifestError("manifest.json lists a file twice")
-    needed = [TOKENIZER_FILE, QUALITY_FILE]
+    needed = [TOKENIZER_FILE, QUALITY_FILE, *filter(None, [manifest.domain_file])]
     for graph in manifest.graphs:
         needed += [name for name in (graph.file, graph.data_file, graph.prefix_file) if name is not None]
     for name in needed:

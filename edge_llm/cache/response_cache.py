@@ -30,12 +30,17 @@ _CHECKSUM_BYTES: Final = 16
 
 @dataclass(frozen=True)
 class CachedResponse:
-    """An answer as it was given. ``finish_reason`` is stop or length; the counts are in tokens."""
+    """An answer as it was given. ``finish_reason`` is stop or length; the counts are in tokens.
+
+    ``actions`` are those of a domain bundle, as JSON.
+    """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    kind: str = "chat"
+    actions: bytes = b"[]"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One SQLite file for what outlives a process: finished answers, popular queries, findings about prompts.
+"""One SQLite file for what outlives a process: answers, popular queries, findings about prompts, feedback.
 
 Nothing in it is needed: a damaged file is made anew, and without a usable file the daemon goes on in memory. Reads run
 on the caller's thread. Writes are queued to one thread of their own, since no answer may wait for a disk. Several
@@ -161,7 +161,9 @@ class StateDb:
         assert isinstance(write.result, int)
         return write.result
 
-    def erase_rows(self, table: Literal["responses", "popular", "findings"], user: str | None) -> int | None:
+    def erase_rows(
+        self, table: Literal["responses", "popular", "findings", "feedback"], user: str | None
+    ) -> int | None:
         """``erase`` one user's rows of a table, or all of them."""
         where, parameters = ("", ()) if user is None else (" WHERE user = ?", (user,))
         return self.erase(lambda connection: connection.execute(f"DELETE FROM {table}{where}", parameters).rowcount)  # noqa: S608

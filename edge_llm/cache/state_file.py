@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _OPEN_TIMEOUT_S: Final = 5.0
 _WRITE_TIMEOUT_MS: Final = 2000
 # Readers of a WAL wait for nobody, except for a moment while another process recovers it. A miss is quicker.
@@ -41,6 +41,10 @@ CREATE TABLE IF NOT EXISTS findings (
     user TEXT NOT NULL PRIMARY KEY, position INTEGER NOT NULL, lost_tokens INTEGER NOT NULL, excerpt TEXT NOT NULL,
     count INTEGER NOT NULL, last_seen REAL NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS feedback (
+    id INTEGER PRIMARY KEY, user TEXT NOT NULL, at REAL NOT NULL, reason TEXT NOT NULL, text TEXT NOT NULL,
+    kind TEXT NOT NULL, actions TEXT NOT NULL, answer TEXT NOT NULL, rating INTEGER, correction TEXT
+);
 """
 
 

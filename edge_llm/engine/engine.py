@@ -10,7 +10,7 @@ from edge_llm.engine.sampler import Sampler, SamplingParams
 from edge_llm.errors import ContextOverflowError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from edge_llm.engine.runner import Runner
 
@@ -63,11 +63,19 @@ class Engine:
         runner: the session and its cache.
         stop_token_ids: tokens that end an answer.
         prefill_chunk: the most prompt tokens run at once; other sequences decode in between.
+        make_sampler: makes what chooses the tokens of an answer, from how it is sampled and its prompt.
     """
 
-    def __init__(self, runner: Runner, stop_token_ids: Collection[int], prefill_chunk: int = 64) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        stop_token_ids: Collection[int],
+        prefill_chunk: int = 64,
+        make_sampler: Callable[[SamplingParams, Sequence[int]], Sampler] = Sampler,
+    ) -> None:
         self.runner = runner
         self.prefill_chunk = prefill_chunk
+        self._make_sampler = make_sampler
         self._stop_token_ids = frozenset(stop_token_ids)
         self.slots = SlotPool(runner.cache.slots)
 
@@ -105,7 +113,7 @@ class Engine:
             NoFreeSlotError: every slot is taken.
         """
         self.check_fits(prompt_ids, max_tokens)
-        sampler = Sampler(sampling, prompt_ids)
+        sampler = self._make_sampler(sampling, prompt_ids)
         taken = self.slots.acquire(slot)
         return GenerationState(
             list(prompt_ids), max_tokens, sampler, taken, self._stop_token_ids, reused_len, reused_len
@@ -196,7 +204,7 @@ class Engine:
             self.release(state)
 
     def _choose(self, state: GenerationState, most_likely: int, row: int) -> int:
-        if state.sampler.params.plain_greedy:
+        if not state.sampler.needs_logits:
             return most_likely
         return state.sampler.sample(self.runner.logits(row))
 

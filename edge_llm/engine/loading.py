@@ -16,10 +16,11 @@ from edge_llm.bundle.prepare import prepared_graph
 from edge_llm.config import cache_dir
 from edge_llm.device.memory import trim_memory
 from edge_llm.device.providers import ProviderChoice, choose_provider
+from edge_llm.domain.domain import Domain
 from edge_llm.engine.engine import Engine
 from edge_llm.engine.prompt import PromptRenderer
 from edge_llm.engine.runner import Runner
-from edge_llm.engine.sampler import SamplingParams
+from edge_llm.engine.sampler import Sampler, SamplingParams
 from edge_llm.engine.tokenizer import Tokenizer
 from edge_llm.errors import BundleError, BundleIntegrityError, ConfigError, UnsupportedBundleError
 
@@ -43,6 +44,7 @@ class LoadedModel:
     Attributes:
         prepared: whether the graph is the device-local prepared copy.
         load_s: seconds to load the tokenizer and the graph, without preparing.
+        domain: what a domain bundle may say and do; None for a model that just writes.
     """
 
     bundle: Bundle
@@ -52,6 +54,7 @@ class LoadedModel:
     provider: ProviderChoice
     prepared: bool
     load_s: float
+    domain: Domain | None = None
 
 
 def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] | None = None) -> LoadedModel:
@@ -127,10 +130,12 @@ def _load(bundle: Bundle, config: Config, provider: ProviderChoice, graph_path: 
         providers=[provider.name],
         kv_dtype=manifest.graph(config.engine.target).kv_dtype,
     )
-    engine = Engine(runner, manifest.prompt.stop_token_ids, config.engine.prefill_chunk)
+    domain = Domain.from_bundle(bundle, tokenizer)
+    make_sampler = Sampler if domain is None else domain.sampler
+    engine = Engine(runner, manifest.prompt.stop_token_ids, config.engine.prefill_chunk, make_sampler)
     renderer = PromptRenderer(_template(manifest.prompt, config), tokenizer)
     trim_memory()
-    return LoadedModel(bundle, engine, tokenizer, renderer, provider, prepared, time.monotonic() - started)
+    return LoadedModel(bundle, engine, tokenizer, renderer, provider, prepared, time.monotonic() - started, domain)
 
 
 def _template(template: PromptTemplate, config: Config) -> PromptTemplate:

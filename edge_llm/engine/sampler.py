@@ -65,6 +65,11 @@ class Sampler:
         if params.repetition_penalty != 1.0:
             self._seen = dict.fromkeys(prompt_ids)
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether ``sample`` has to be asked: the graph's own arg max is not the answer."""
+        return not self.params.plain_greedy
+
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token from ``logits (vocab,) float32``, which is left unchanged."""
         token_id = self._choose(logits)

@@ -45,6 +45,11 @@ class Tokenizer:
         """Token ids of plain text, without special tokens."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of plain text, and for each the character of ``text`` after its last one."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), [end for _, end in encoding.offsets]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special tokens have none, and an incomplete character at the end shows as U+FFFD."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))

@@ -253,6 +253,11 @@ class Asker:
         payload = msgspec.json.encode(fields)
         self._link.publish(Outgoing(self._scope.feedback(self._user), payload, qos=1, content_type=_JSON))
 
+    def publish_state(self, name: str, value: float | str) -> None:
+        """Publish a value for answers to use, retained, as the host of the node does."""
+        topic = Topics(self._config.node).state_value(name)
+        self._link.publish(Outgoing(topic, msgspec.json.encode(value), qos=1, retain=True, content_type=_JSON))
+
     # -- on the link's thread -----------------------------------------------------------------------------------------
 
     def _on_connected(self) -> None:

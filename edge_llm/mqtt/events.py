@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import msgspec
 
+from edge_llm.domain.answer import ActionCall
+from edge_llm.domain.schema import Kind
 from edge_llm.errors import RequestError
 from edge_llm.serving.request import Final as FinalAnswer
 
@@ -54,8 +56,8 @@ class FinalEvent(_Event, frozen=True, kw_only=True, tag="final"):
     usage: UsageField
     timing: TimingField
     source: str
-    kind: str = "chat"
-    actions: tuple[Any, ...] = ()
+    kind: Kind = "chat"
+    actions: tuple[ActionCall, ...] = ()
 
 
 class ErrorEvent(_Event, frozen=True, kw_only=True, tag="error"):
@@ -95,6 +97,8 @@ def encode_final(query_id: str, node: str, seq: int, answer: FinalAnswer) -> byt
             total_ms=round(timing.total_ms, 3),
         ),
         source=answer.source,
+        kind=answer.kind,
+        actions=answer.actions,
     )
     return msgspec.json.encode(event)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from edge_llm.domain.state_values import StateValues
 from edge_llm.errors import RequestError
 from edge_llm.mqtt.admission import Admitted, Scheduler
 from edge_llm.mqtt.client import MqttLink
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from edge_llm.config import Config
     from edge_llm.metrics import Metrics
     from edge_llm.mqtt.dedupe import Key
+    from edge_llm.mqtt.feedback import FeedbackRecorder
     from edge_llm.mqtt.topics import Route
 
 log = logging.getLogger(__name__)
@@ -67,8 +69,11 @@ class Gateway:
         self._node = config.mqtt.node
         self._seen = DedupeTable(config.serving.dedupe_window_s)
         self._made_ids = MadeIds()
+        # From the first connection on: the broker sends the retained ones long before a model is loaded.
+        self.state_values = StateValues()
         self._scheduler: Scheduler | None = None
         self._defaults: GenerationDefaults | None = None
+        self._recorder: FeedbackRecorder | None = None
         # Guards the state, what is held until it is online, and the order of retained publications.
         self._lock = threading.Lock()
         self._state: State = "loading"
@@ -108,9 +113,12 @@ class Gateway:
         """Wait until the broker has accepted us; False if it has not within ``timeout_s``."""
         return self.link.wait_connected(timeout_s)
 
-    def bind(self, scheduler: Scheduler, defaults: GenerationDefaults) -> None:
-        """Say who answers queries, and what a query that sets nothing is answered with."""
+    def bind(
+        self, scheduler: Scheduler, defaults: GenerationDefaults, recorder: FeedbackRecorder | None = None
+    ) -> None:
+        """Say who answers queries, what a query that sets nothing is answered with, and who keeps feedback."""
         self._defaults = defaults
+        self._recorder = recorder
         self._scheduler = scheduler
 
     def set_state(self, state: State, **detail: Any) -> None:
@@ -160,7 +168,9 @@ class Gateway:
         if self._state == "offline":
             return  # unacknowledged, so that the broker keeps it for the next start
         route = self.topics.parse(incoming.topic)
-        if incoming.retain or route is None:
+        if route is not None and route.kind == "state":
+            self._on_state_value(incoming, route)
+        elif incoming.retain or route is None:
             self._ignore(incoming, "retained_ignored" if incoming.retain else "messages_ignored")
         elif not route.has_valid_user:
             self._ignore(incoming, "unroutable")
@@ -276,7 +286,7 @@ class Gateway:
             settings,
             self.link,
             on_delta=lambda sent: self._metrics.count("deltas_sent" if sent else "deltas_deferred"),
-            on_terminal=lambda event: self._on_terminal(key, event),
+            on_terminal=lambda event: self._on_terminal(key, event, query.last_words),
         )
         reply.attach(address, incoming.delivery)
         deadline_s = incoming.expiry_s if query.deadline_ms is None else query.deadline_ms / 1000
@@ -293,12 +303,14 @@ class Gateway:
             log.exception("query %s could not be submitted", admitted.id)
             admitted.reply.on_event(Failed(RequestError(500, "the daemon failed on this query; its log says why")))
 
-    def _on_terminal(self, key: Key, event: FinalAnswer | Failed) -> None:
+    def _on_terminal(self, key: Key, event: FinalAnswer | Failed, asked: str) -> None:
         """Account for a terminal event. A refusal that may be retried is forgotten, so that the retry runs."""
         if isinstance(event, Failed):
             self._metrics.count(f"errors_{event.error.code}")
             self._seen.finish(key, keep=not event.error.retriable)
             return
+        if self._recorder is not None:
+            self._recorder.note_answer(key, asked, event)
         self._metrics.count(f"finals_{event.finish_reason}")
         self._metrics.count(f"source_{event.source}")
         if event.usage.cached_from is not None:
@@ -312,7 +324,7 @@ class Gateway:
         self._metrics.observe("total_ms", event.timing.total_ms)
         self._seen.finish(key, keep=True)
 
-    # -- partials, cancel and feedback --------------------------------------------------------------------------------
+    # -- partials, cancel, feedback and state --------------------------------------------------------------------------
 
     def _on_partial(self, partial: Partial, route: Route) -> None:
         scheduler = self._scheduler
@@ -338,10 +350,17 @@ class Gateway:
             return True
         return self._seen.find((user, query_id)) is not None
 
+    def _on_state_value(self, incoming: Incoming, route: Route) -> None:
+        taken = route.has_valid_user and self.state_values.update(route.user, incoming.payload)
+        self._metrics.count("state_values" if taken else "state_values_refused")
+        self.link.acknowledge(incoming.delivery)
+
     def _on_feedback(self, feedback: Feedback, route: Route) -> None:
         seen = self._seen.find((route.user, feedback.id))
         if seen is None or seen.finished_at is None:
             raise RequestError(404, f"no finished answer {feedback.id!r} of this user is known here")
+        if self._recorder is not None:
+            self._recorder.note_rating((route.user, feedback.id), feedback)
         self._metrics.count({1: "feedback_good", 0: "feedback_neutral", -1: "feedback_bad"}[feedback.rating])
 
     # -- what is not answered, and errors -----------------------------------------------------------------------------

@@ -103,6 +103,11 @@ class Query(_Strict, frozen=True, kw_only=True):
             raise RequestError(400, "`text` is empty")
         return query
 
+    @property
+    def last_words(self) -> str:
+        """What is asked: the text, or the last message's."""
+        return (self.text or "") if self.messages is None else self.messages[-1].content
+
 
 class Partial(_Strict, frozen=True, kw_only=True):
     """A transcript that is still growing: ``text`` is all of it so far."""

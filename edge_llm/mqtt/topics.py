@@ -21,12 +21,13 @@ _NAME: Final = re.compile(NAME_PATTERN.removeprefix("^").removesuffix("$"))
 # standard merely discourages (mosquitto: control characters and non-characters); so printable ASCII it is.
 _UNUSABLE_IN_TOPIC: Final = re.compile(r"[^\x20-\x7e]|[+#]")
 
-Kind = Literal["query", "partial", "cancel", "feedback"]
+Kind = Literal["query", "partial", "cancel", "feedback", "state"]
 _KINDS: Final[dict[str, Kind]] = {
     "query": "query",
     "partial": "partial",
     "cancel": "cancel",
     "feedback": "feedback",
+    "state": "state",
 }
 
 
@@ -76,7 +77,10 @@ class Scope:
 
 @dataclass(frozen=True)
 class Route:
-    """What an incoming topic means. ``user`` may be no valid name: then there is nowhere to reply."""
+    """What an incoming topic means. ``user`` may be no valid name: then there is nowhere to reply.
+
+    The last level of ``state`` is the name of a value, and nobody is replied to.
+    """
 
     kind: Kind
     user: str
@@ -116,6 +120,10 @@ class Topics:
         """The pool's topics."""
         return None if self.pool is None else Scope(f"{ROOT}/pool/{self.pool}", self.pool)
 
+    def state_value(self, name: str) -> str:
+        """Where the host publishes a value for answers to use, retained."""
+        return f"{self.own.base}/state/{name}"
+
     @property
     def status(self) -> str:
         """Retained: the node's state, and its last will."""
@@ -138,7 +146,8 @@ class Topics:
         held up when as many queries are in flight as the broker may send.
         """
         base = self.own.base
-        filters = [(f"{base}/query/+", 1), (f"{base}/partial/+", 0), (f"{base}/cancel/+", 1), (f"{base}/feedback/+", 1)]
+        levels = {"query": 1, "partial": 0, "cancel": 1, "feedback": 1, "state": 1}
+        filters = [(f"{base}/{level}/+", qos) for level, qos in levels.items()]
         if (pooled := self.pooled) is not None:
             filters += [(f"$share/{pooled.pool}/{pooled.base}/query/+", 1), (f"{pooled.base}/cancel/+", 1)]
         return tuple(filters)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from edge_llm.domain.answer import DomainAnswer
+from edge_llm.engine.text_stream import TextStream
 from edge_llm.serving.request import Delta, Event, Failed, Final, Timing, Usage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edge_llm.cache.reuse import Started
     from edge_llm.engine.engine import GenerationState
-    from edge_llm.engine.text_stream import TextStream
     from edge_llm.errors import RequestError
     from edge_llm.serving.request import FinishReason, Request, Source
 
 _log = logging.getLogger(__name__)
+
+AnswerText: TypeAlias = TextStream | DomainAnswer
 
 
 class ActiveRequest:
@@ -27,17 +32,17 @@ class ActiveRequest:
     Args:
         request: what was asked.
         started_at: when it left the queue.
-        text: decodes the answer and looks for its stop strings.
+        make_text: makes what reads the answer's tokens.
     """
 
-    def __init__(self, request: Request, started_at: float, text: TextStream) -> None:
+    def __init__(self, request: Request, started_at: float, make_text: Callable[[ActiveRequest], AnswerText]) -> None:
         self.request = request
         self.started_at = started_at
         self.started: Started | None = None
         self.source: Source = "model"
         self.history = b""
         self.ready_len = 0
-        self.text = text
+        self.text = make_text(self)
         self.first_token_at: float | None = None
         self._first_text_at: float | None = None
         self._taken = 0
@@ -72,7 +77,11 @@ class ActiveRequest:
 
     def finish(self, reason: FinishReason) -> Final:
         """The terminal event, after the text that was held back."""
-        self._emit(self.text.finish())
+        domain = self.text if isinstance(self.text, DomainAnswer) else None
+        completed = reason in ("stop", "length")
+        # Somebody who takes a command back, or for whom it comes too late, does not want its actions.
+        if domain is None or completed:
+            self._emit(self.text.finish())
         now = time.monotonic()
         received_at = self.request.received_at
         prefill_end = self.first_token_at or now
@@ -87,6 +96,10 @@ class ActiveRequest:
                 total_ms=(now - received_at) * 1e3,
             ),
             source=self.source,
+            kind="chat" if domain is None else domain.kind,
+            actions=domain.actions if domain is not None and completed else (),
+            is_volatile=domain is not None and domain.is_volatile,
+            dropped_actions=0 if domain is None else domain.dropped_actions,
         )
 
     def _usage(self) -> Usage:

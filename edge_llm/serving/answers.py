@@ -9,6 +9,8 @@ import msgspec
 
 from edge_llm.cache.normalise import normalise
 from edge_llm.cache.response_cache import CachedResponse, response_key
+from edge_llm.domain.answer import ActionCall
+from edge_llm.domain.schema import Kind
 from edge_llm.engine.prompt import Message
 from edge_llm.serving.request import Final, Timing, Usage
 
@@ -43,14 +45,26 @@ class Answers:
             usage=Usage(found.prompt_tokens, found.prompt_tokens, None, found.completion_tokens),
             timing=Timing(queue_ms=elapsed_ms, prefill_ms=0.0, ttft_ms=elapsed_ms, total_ms=elapsed_ms),
             source="response_cache",
+            kind=msgspec.convert(found.kind, Kind),
+            actions=msgspec.json.decode(found.actions, type=tuple[ActionCall, ...]),
         )
 
     def keep(self, request: Request, final: Final, history: bytes = b"") -> None:
         """Remember a complete answer."""
         if final.finish_reason not in ("stop", "length") or not final.text or not _cacheable(request):
             return
+        # A value of the moment, or an answer that lost an action.
+        if final.is_volatile or final.dropped_actions:
+            return
         usage = final.usage
-        response = CachedResponse(final.text, final.finish_reason, usage.prompt_tokens, usage.completion_tokens)
+        response = CachedResponse(
+            final.text,
+            final.finish_reason,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            final.kind,
+            msgspec.json.encode(final.actions),
+        )
         key = _key(request.messages, request.session, request.settings, history)
         self._responses.put(request.user, key, response)
 

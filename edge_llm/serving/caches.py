@@ -10,6 +10,7 @@ import msgspec
 import onnxruntime as ort
 
 from edge_llm.bundle.prefix_file import read_prefix_file, shipped_prefix_key, snapshot_key
+from edge_llm.cache.feedback_log import FeedbackLog
 from edge_llm.cache.popularity import Popularity
 from edge_llm.cache.prefix_cache import PrefixCache
 from edge_llm.cache.prefix_lint import PrefixLint
@@ -49,6 +50,7 @@ class Caches:
     snapshots: SnapshotStore | None = None
     power: PowerGate | None = None
     db: StateDb | None = None
+    feedback: FeedbackLog | None = None
 
     def close(self) -> None:
         """Write what is still waiting to be written."""
@@ -79,6 +81,8 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
         power=PowerGate(config.prefetch.on_battery, config.prefetch.max_temperature_c),
     )
     caches.db = StateDb.open(state_path(state_dir(config)))
+    if config.feedback.enabled:
+        caches.feedback = FeedbackLog(caches.db, config.feedback.max_entries)
     scope = _scope(model, config)
     if settings.responses:
         responses = ResponseCache(

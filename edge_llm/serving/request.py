@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from edge_llm.domain.answer import ActionCall
+from edge_llm.domain.schema import Kind
 from edge_llm.engine.prompt import Message
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.errors import RequestError
@@ -50,13 +52,21 @@ class Delta:
 
 @dataclass(frozen=True)
 class Final:
-    """The request's one terminal event when it was answered; ``text`` is the whole answer so far."""
+    """The request's one terminal event when it was answered; ``text`` is the whole answer so far.
+
+    ``kind`` and ``actions`` come from a domain bundle. ``is_volatile`` tells that the text holds a value of the moment.
+    ``dropped_actions`` counts those that the schema did not allow.
+    """
 
     text: str
     finish_reason: FinishReason
     usage: Usage
     timing: Timing
     source: Source = "model"
+    kind: Kind = "chat"
+    actions: tuple[ActionCall, ...] = ()
+    is_volatile: bool = False
+    dropped_actions: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edge_llm.device.memory import trim_memory
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
 
     from edge_llm.bundle.manifest import GenerationDefaults
     from edge_llm.config import ServingConfig
+    from edge_llm.domain.domain import Domain
     from edge_llm.engine.engine import Engine
     from edge_llm.engine.prompt import PromptRenderer
     from edge_llm.engine.tokenizer import Tokenizer
+    from edge_llm.serving.active import AnswerText
     from edge_llm.serving.request import FinishReason, Request
 
 _log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Scheduler:
         defaults: what a request that sets no ``max_tokens`` gets.
         config: the bounds.
         caches: what is remembered of earlier work; None is nothing.
+        domain: of a domain bundle, whose answers hold actions; None for a model that just writes.
     """
 
     def __init__(
@@ -65,10 +69,13 @@ class Scheduler:
         renderer: PromptRenderer,
         defaults: GenerationDefaults,
         config: ServingConfig,
+        *,
         caches: Caches | None = None,
+        domain: Domain | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._domain = domain
         self._renderer = renderer
         self._default_max_tokens = min(defaults.max_tokens, config.max_tokens)
         self._sessions = SessionStore(
@@ -101,6 +108,8 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request, or answer it at once. A refusal arrives through ``request.on_event``; nothing is raised."""
+        if self._domain is not None:
+            request = _alone(request)
         try:
             if self._answer_from_cache(request):
                 return
@@ -126,7 +135,7 @@ class Scheduler:
 
     def partial(self, user: str, utterance: str, seq: int, text: str, session: str | None) -> bool:
         """Take a transcript that is still growing: it is prefilled while nothing else runs. False if it is stale."""
-        taken = self._prefetch.partial(user, utterance, seq, text, session)
+        taken = self._prefetch.partial(user, utterance, seq, text, session if self._domain is None else None)
         if taken:
             with self._changed:
                 self._news = True
@@ -265,8 +274,7 @@ class Scheduler:
                 if request is None:
                     return
                 # Booked at once, so that a cancel which comes now finds it.
-                stop = (*self._renderer.template.stop_strings, *request.stop)
-                active = ActiveRequest(request, time.monotonic(), TextStream(self._tokenizer, stop))
+                active = ActiveRequest(request, time.monotonic(), self._answer_text)
                 self._active.append(active)
             try:
                 self._begin(active)
@@ -275,6 +283,12 @@ class Scheduler:
                 refuse(request, error)
             except Exception as fault:
                 self._fail(active, fault)
+
+    def _answer_text(self, active: ActiveRequest) -> AnswerText:
+        stop = (*self._renderer.template.stop_strings, *active.request.stop)
+        if self._domain is None:
+            return TextStream(self._tokenizer, stop)
+        return self._domain.answer(lambda: None if active.state is None else active.state.sampler, stop)
 
     def _eligible(self, request: Request) -> bool:
         # Turns of one session follow each other: the next prompt holds this answer.
@@ -365,6 +379,8 @@ class Scheduler:
 
     def _end(self, active: ActiveRequest, reason: FinishReason) -> None:
         final = active.finish(reason)
+        self._reuse.metrics.count("actions", len(final.actions))
+        self._reuse.metrics.count("actions_dropped", final.dropped_actions)
         with _only_logged("an answer could not be remembered"):
             # Before it is delivered: it may be asked again at once.
             if self._caches.answers is not None:
@@ -421,6 +437,13 @@ def _only_logged(what: str) -> Iterator[None]:
         yield
     except Exception:
         _log.exception(what)
+
+
+def _alone(request: Request) -> Request:
+    """A domain model has learnt to answer one utterance; what came before it would only confuse it."""
+    if any(message.role == "system" for message in request.messages):
+        return request  # to be refused, not to be answered as if it had not been said
+    return replace(request, session=None, messages=request.messages[-1:])
 
 
 def _expired(request: Request, now: float) -> bool:

@@ -64,6 +64,14 @@ def test_asking_whether_there_is_an_answer_counts_nothing(db):
     assert response_stats(db).hits == 0
 
 
+def test_kind_and_actions_are_kept_with_the_text(tmp_path, db):
+    command = CachedResponse("Set to 21.", "stop", 12, 6, "command", b'[{"name":"climate.set"}]')
+    make(db).put("ann", key(), command)
+    db.close()
+    with contextlib.closing(StateDb.open(state_path(tmp_path))) as again:
+        assert make(again).find("ann", key()) == command
+
+
 def test_an_answer_survives_a_restart(tmp_path, db):
     make(db).put("ann", key(), ANSWER)
     db.close()

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from edge_llm.engine.sampler import SamplingParams
+from edge_llm.engine.engine import Engine
+from edge_llm.engine.sampler import Sampler, SamplingParams
 from edge_llm.errors import ContextOverflowError, NoFreeSlotError
-from tests.fakes import FakeRunner, fake_engine
+from tests.fakes import STOP_ID, FakeRunner, fake_engine
 
 PROMPTS = [list(range(10)), list(range(37, 0, -1)), [5] * 64, [9, 8, 7, 6, 5]]
 
@@ -131,3 +132,29 @@ def test_sampled_decoding_reads_the_rows_of_its_own():
         engine.decode([greedy, sampled])
     assert greedy.output_ids == solo(PROMPTS[0], 6)
     assert sampled.output_ids == solo(PROMPTS[1], 6)
+
+
+def test_what_chooses_the_tokens_may_be_made_elsewhere():
+    made = []
+
+    class Second(Sampler):
+        """Asked for three tokens, and then content with the most likely ones."""
+
+        def __init__(self, params, prompt_ids):
+            super().__init__(params, prompt_ids)
+            made.append(list(prompt_ids))
+            self.asked = 0
+
+        @property
+        def needs_logits(self):
+            return self.asked < 3
+
+        def sample(self, logits):
+            self.asked += 1
+            return 1
+
+    engine = Engine(FakeRunner(), [STOP_ID], 16, Second)
+    tokens = list(engine.generate(PROMPTS[0], max_tokens=8))
+    assert made == [PROMPTS[0]]
+    assert tokens[:3] == [1, 1, 1]
+    assert 1 not in tokens[3:]

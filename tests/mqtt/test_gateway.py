@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from edge_llm.bundle.manifest import GenerationDefaults
 from edge_llm.config import Config
+from edge_llm.domain.answer import ActionCall
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.acks import Delivery
 from edge_llm.mqtt.admission import sampling_params
@@ -152,3 +155,86 @@ def test_the_bundles_defaults_fill_what_a_query_leaves_open():
     assert params.repetition_penalty == 1.2
     own = sampling_params(Query(text="x", temperature=0.0, top_k=0, repetition_penalty=1.0, seed=5), defaults)
     assert (own.temperature, own.top_k, own.top_p, own.repetition_penalty, own.seed) == (0.0, 0, 0.9, 1.0, 5)
+
+
+# --- values of the host ----------------------------------------------------------------------------------------------
+
+
+def publish_state(gateway: Gateway, name: str, payload: bytes, *, retain: bool = True) -> Delivery:
+    delivery = Delivery(1, 1)
+    topic = f"edge_llm/v1/edge/state/{name}"
+    gateway._on_message(Incoming(topic, payload, 0.0, qos=1, retain=retain, delivery=delivery))
+    return delivery
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_a_value_of_the_host_is_taken_and_nobody_is_answered(retain):
+    gateway, link, metrics = make_gateway(EchoScheduler())
+    delivery = publish_state(gateway, "range_km", b"312", retain=retain)
+    assert gateway.state_values.get("range_km", "integer") == "312"
+    assert (link.published, link.acknowledged) == ([], [delivery])
+    assert (metrics.counter("state_values"), metrics.counter("retained_ignored")) == (1, 0)
+
+
+def test_values_are_taken_before_a_model_is_loaded():
+    gateway = Gateway(Config(), Metrics())
+    gateway.link = FakeLink()  # type: ignore[assignment]
+    publish_state(gateway, "range_km", b"312")
+    assert gateway.state_values.get("range_km", "integer") == "312"
+
+
+def test_an_empty_payload_takes_a_value_back():
+    gateway, _link, metrics = make_gateway(EchoScheduler())
+    publish_state(gateway, "range_km", b"312")
+    publish_state(gateway, "range_km", b"")
+    assert gateway.state_values.get("range_km", "integer") is None
+    assert metrics.counter("state_values") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "payload"),
+    [("range_km", b"x" * 257), ("range_km", b"[1]"), ("range_km", b"\xff"), ("a b", b"1"), ("", b"1")],
+)
+def test_what_is_no_value_is_refused_and_acknowledged(name, payload):
+    gateway, link, metrics = make_gateway(EchoScheduler())
+    publish_state(gateway, "range_km", b"312")
+    delivery = publish_state(gateway, name, payload)
+    assert gateway.state_values.get("range_km", "integer") == "312"
+    assert (metrics.counter("state_values"), metrics.counter("state_values_refused")) == (1, 1)
+    assert (link.published, link.acknowledged[-1]) == ([], delivery)
+
+
+def test_values_that_nobody_asked_for_are_bounded():
+    gateway, link, metrics = make_gateway(EchoScheduler())
+    for number in range(300):
+        publish_state(gateway, f"value_{number}", b"1")
+    assert (metrics.counter("state_values"), metrics.counter("state_values_refused")) == (256, 44)
+    assert len(link.acknowledged) == 300
+
+
+def test_after_the_end_values_stay_with_the_broker():
+    gateway, link, _metrics = make_gateway(EchoScheduler())
+    gateway.set_state("offline")
+    publish_state(gateway, "range_km", b"312")
+    assert link.acknowledged == []
+
+
+def test_kind_and_actions_leave_with_the_final_event():
+    class Car(EchoScheduler):
+        def submit(self, request: Request) -> None:
+            action = ActionCall(name="climate.set", slots={"degrees": 21}, confidence=0.9, confirm=False)
+            request.on_event(replace(final("Set to 21."), kind="command", actions=(action,), is_volatile=True))
+
+    gateway, link, _metrics = make_gateway(Car())
+    gateway._on_message(Incoming("edge_llm/v1/edge/query/ann", b"make it 21", 0.0))
+    (event,) = link.events()
+    assert event["kind"] == "command"
+    assert event["actions"] == [{"name": "climate.set", "slots": {"degrees": 21}, "confidence": 0.9, "confirm": False}]
+    assert "is_volatile" not in event
+
+
+def test_a_model_that_just_writes_has_no_actions():
+    gateway, link, _metrics = make_gateway(EchoScheduler())
+    gateway._on_message(Incoming("edge_llm/v1/edge/query/ann", b"hi", 0.0))
+    event = link.events()[-1]
+    assert (event["kind"], event["actions"]) == ("chat", [])

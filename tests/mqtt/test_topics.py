@@ -18,8 +18,9 @@ def test_what_a_node_listens_to():
         ("edge_llm/v1/edge/partial/+", 0),
         ("edge_llm/v1/edge/cancel/+", 1),
         ("edge_llm/v1/edge/feedback/+", 1),
+        ("edge_llm/v1/edge/state/+", 1),
     )
-    assert TOPICS.subscriptions()[4:] == (
+    assert TOPICS.subscriptions()[5:] == (
         ("$share/hall/edge_llm/v1/pool/hall/query/+", 1),
         ("edge_llm/v1/pool/hall/cancel/+", 1),
     )
@@ -32,6 +33,7 @@ def test_what_a_node_listens_to():
         ("edge_llm/v1/edge/partial/ann", "partial", "ann", None),
         ("edge_llm/v1/edge/cancel/ann", "cancel", "ann", None),
         ("edge_llm/v1/edge/feedback/ann", "feedback", "ann", None),
+        ("edge_llm/v1/edge/state/range_km", "state", "range_km", None),
         ("edge_llm/v1/pool/hall/query/ann", "query", "ann", "hall"),
         ("edge_llm/v1/pool/hall/cancel/ann", "cancel", "ann", "hall"),
     ],
@@ -54,11 +56,20 @@ def test_what_a_topic_means(topic, kind, user, pool):
         "edge_llm/v1/edgelong/query/ann",
         "edge_llm/v2/edge/query/ann",
         "edge_llm/v1/pool/hall/feedback/ann",
+        "edge_llm/v1/edge/state",
+        "edge_llm/v1/edge/state/car/range_km",
+        "edge_llm/v1/pool/hall/state/range_km",
         "edge_llm/v1/pool/other/query/ann",
     ],
 )
 def test_other_topics_mean_nothing(topic):
     assert TOPICS.parse(topic) is None
+
+
+def test_values_of_the_host_are_heard_where_they_are_published():
+    route = TOPICS.parse(TOPICS.state_value("range_km"))
+    assert route is not None
+    assert (route.kind, route.user) == ("state", "range_km")
 
 
 def test_a_user_without_a_name_has_no_reply_topic():

@@ -81,14 +81,20 @@ class Driver:
         if folder is not None:
             self.caches = self._open(folder, max_bytes, fields)
         self.scheduler = Scheduler(
-            self.engine, tokenizer, self.renderer, DEFAULTS, ServingConfig(session_idle_s=session_idle_s), self.caches
+            self.engine,
+            tokenizer,
+            self.renderer,
+            DEFAULTS,
+            ServingConfig(session_idle_s=session_idle_s),
+            caches=self.caches,
+            domain=model.domain if model else None,
         )
         self.asked: dict[str, Asked] = {}
         self._count = 0
 
     def _open(self, folder: Path, max_bytes: int, fields) -> Caches:
         tree = PrefixCache(self.runner.cache.token_nbytes, max_bytes, 1000)
-        head = self.renderer.shared_prefix(SYSTEM)
+        head = self.renderer.shared_prefix(SYSTEM if self.renderer.supports_system else None)
         reuse = PrefixReuse(self.engine, tree, [self.renderer.shared_prefix(), head], self.metrics)
         db = StateDb.open(folder / "state.sqlite3")
         responses = ResponseCache(db, scope="00", max_entries=100, max_bytes=100_000)
