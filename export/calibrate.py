@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 # Not the text that quality is measured on.
 CALIBRATION_TEXT: Final = Path(__file__).parent / "data" / "calibration_text.txt"
-_WINDOW_TOKENS: Final = 128
 
 
 def measure_magnitudes(
-    graph_path: Path, dims: ModelDims, activations: Sequence[str], token_ids: Sequence[int]
+    graph_path: Path, dims: ModelDims, activations: Sequence[str], windows: Sequence[Sequence[int]]
 ) -> dict[str, Float32Array]:
     """Root mean square of every channel of the named activations.
 
@@ -34,7 +33,7 @@ def measure_magnitudes(
         graph_path: the ``cpu-fp32`` graph; a copy with more outputs is written beside it and removed.
         dims: the model's shape.
         activations: tensors ``(batch, seq, channels)`` inside the graph.
-        token_ids: the text.
+        windows: token ids of texts that each fit the context.
 
     Returns:
         ``(channels,)`` float32 by name.
@@ -55,10 +54,10 @@ def measure_magnitudes(
     }
     feed[graph_io.LOGIT_INDICES] = np.zeros(1, np.int64)
     squares: dict[str, NDArray[np.float64]] = {name: np.zeros((), np.float64) for name in activations}
-    length = min(_WINDOW_TOKENS, dims.max_seq_len)
-    with progress("calibrating", len(token_ids), unit="tok") as bar:
-        for start in range(0, len(token_ids), length):
-            window = np.asarray([token_ids[start : start + length]], np.int64)
+    total_tokens = sum(map(len, windows))
+    with progress("calibrating", total_tokens, unit="tok") as bar:
+        for token_ids in windows:
+            window = np.asarray([token_ids], np.int64)
             count = window.shape[1]
             feed[graph_io.INPUT_IDS] = window
             if takes_positions:
@@ -68,4 +67,4 @@ def measure_magnitudes(
             for name, values in zip(activations, session.run(list(activations), feed), strict=True):
                 squares[name] = squares[name] + np.square(values[0], dtype=np.float64).sum(axis=0)
             bar.update(count)
-    return {name: np.sqrt(total / len(token_ids)).astype(np.float32) for name, total in squares.items()}
+    return {name: np.sqrt(total / total_tokens).astype(np.float32) for name, total in squares.items()}

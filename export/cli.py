@@ -1,4 +1,4 @@
-"""The command line: ``python -m export bundle MODEL --out BUNDLE``."""
+"""The command line: ``python -m export bundle MODEL --out BUNDLE``, ``distill`` and ``pack``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from edge_llm.arguments import OneLineParser, non_negative, positive_int
 from edge_llm.errors import EdgeLlmError
 from export.alias import ALIASES
+from export.distill.command import add_distill_parser, run_distill
+from export.errors import ExportError
 from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8
+from export.packs.command import add_pack_parser, run_pack
 from export.pipeline import ExportOptions, export_bundle
 from export.quantize import BLOCK_SIZES
 from export.verify import DEFAULT_MAX_PERPLEXITY_RATIO, DEFAULT_TEXT
@@ -32,12 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        manifest = export_bundle(options.model, _export_options(options))
+        if options.command == "pack":
+            run_pack(options)
+            return 0
+        if options.command == "distill":
+            manifest = run_distill(options)
+        else:
+            manifest = export_bundle(options.model, _export_options(options))
     except EdgeLlmError as error:
         print(f"export: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("export: interrupted, nothing was written", file=sys.stderr)
+        kept = "the work folder keeps what was done" if options.command == "distill" else "nothing was written"
+        print(f"export: interrupted, {kept}", file=sys.stderr)
         return 130
     _print_summary(manifest, options.out)
     return 0
@@ -84,12 +94,20 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="ship the keys and values of what every prompt begins with, so that the device never computes them",
     )
+    bundle.add_argument(
+        "--vocabulary", type=positive_int, metavar="N", help="keep at most N tokens (needs --vocabulary-text)"
+    )
+    bundle.add_argument(
+        "--vocabulary-text", type=Path, metavar="FILE", help="UTF-8 text of the kind that is asked and answered"
+    )
     bundle.add_argument("--name", help="of the bundle (default: the model's)")
     bundle.add_argument("--bundle-version", default="1", metavar="VERSION", help="of the bundle (default 1)")
     defaults = bundle.add_argument_group("defaults", "for queries that set nothing (default: the model's own)")
     defaults.add_argument("--max-tokens", type=positive_int)
     defaults.add_argument("--temperature", type=non_negative, help="0 is greedy")
     defaults.add_argument("--repetition-penalty", type=non_negative, help="1 is none")
+    add_distill_parser(commands)
+    add_pack_parser(commands)
     return parser
 
 
@@ -120,10 +138,17 @@ def _export_options(options: argparse.Namespace) -> ExportOptions:
         context=options.context,
         verify_hf=options.verify == "hf",
         ship_prefix=options.ship_prefix,
+        vocabulary=_vocabulary(options),
         name=options.name,
         version=options.bundle_version,
         generation={name: value for name in _GENERATION if (value := getattr(options, name)) is not None},
     )
+
+
+def _vocabulary(options: argparse.Namespace) -> tuple[int, Path] | None:
+    if (options.vocabulary is None) != (options.vocabulary_text is None):
+        raise ExportError("give --vocabulary N and --vocabulary-text FILE together")
+    return None if options.vocabulary is None else (options.vocabulary, options.vocabulary_text)
 
 
 def _interrupt(*_: object) -> NoReturn:

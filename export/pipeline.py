@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import shutil
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,10 +19,12 @@ import tokenizers
 
 from edge_llm import __version__
 from edge_llm.bundle.manifest import QUALITY_FILE, TOKENIZER_FILE, GenerationDefaults, Manifest, sha256_file
+from edge_llm.domain.schema import DOMAIN_FILE, encode_domain
 from edge_llm.engine.prompt import Message, PromptRenderer
 from edge_llm.engine.tokenizer import Tokenizer
 from export.calibrate import CALIBRATION_TEXT, measure_magnitudes
 from export.checkpoints import load_checkpoint
+from export.console import say
 from export.errors import ExportError
 from export.graph.weights import CPU_FP32
 from export.graphs import build_graph, describe_graph, estimated_bytes
@@ -28,13 +32,15 @@ from export.package import check_destination, check_space, list_files, publish, 
 from export.shipped_prefix import add_prefix_files
 from export.smoothing import SmoothedTensors
 from export.template import make_prompt_template
-from export.verify import check_limit, compare, expect_greedy, open_runner, read_text_tokens
+from export.verify import check_limit, compare, expect_greedy, open_runner, read_text_tokens, text_windows
+from export.vocabulary import trim_checkpoint, trim_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edge_llm.bundle.manifest import Expectation, GraphQuality, ModelDims, PromptTemplate
+    from edge_llm.domain.schema import DomainSchema
     from export.checkpoint import Checkpoint
     from export.graph.weights import WeightFormat
 
@@ -42,6 +48,27 @@ MAX_CONTEXT: Final = 2048
 _MIN_CONTEXT: Final = 16
 _SELF_TEST_QUESTION: Final = "What is artificial intelligence?"
 _SPARE_BYTES: Final = 16 << 20
+_CALIBRATION_WINDOW_TOKENS: Final = 128
+CARD_FILE: Final = "README.md"
+
+
+@dataclass(frozen=True)
+class DomainParts:
+    """What a domain bundle holds beside the model, and what it is judged on instead of a text.
+
+    Attributes:
+        schema: for ``domain.json``.
+        calibrate: token ids of examples, for quantisation.
+        verify: token ids of examples that the model was not trained on.
+        report: more of quality.json.
+        card: the model card, README.md of the bundle.
+    """
+
+    schema: DomainSchema
+    calibrate: Sequence[Sequence[int]]
+    verify: Sequence[Sequence[int]]
+    report: Mapping[str, Any]
+    card: str
 
 
 @dataclass(frozen=True)
@@ -59,6 +86,8 @@ class ExportOptions:
         name: of the bundle; None is the checkpoint's.
         version: of the bundle.
         generation: defaults that take the place of the checkpoint's, as fields of ``GenerationDefaults``.
+        vocabulary: the most tokens to keep, and the UTF-8 text whose tokens come first; None keeps all.
+        domain: of a model that was distilled for a domain.
     """
 
     out: Path
@@ -71,13 +100,18 @@ class ExportOptions:
     name: str | None = None
     version: str = "1"
     generation: Mapping[str, float] = field(default_factory=dict)
+    vocabulary: tuple[int, Path] | None = None
+    domain: DomainParts | None = None
 
 
 def export_bundle(model: str, options: ExportOptions) -> Manifest:
     """Load MODEL and write its bundle; see ``load_checkpoint`` and ``export_checkpoint``."""
     # Before anything slow: a download of gigabytes should not end in "not empty".
     check_destination(options.out)
-    return export_checkpoint(load_checkpoint(model), options)
+    checkpoint = load_checkpoint(model)
+    if options.vocabulary is not None:
+        checkpoint = _trimmed(checkpoint, *options.vocabulary)
+    return export_checkpoint(checkpoint, options)
 
 
 def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifest:
@@ -93,24 +127,70 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
     checkpoint = replace(checkpoint, generation=_generation(checkpoint.generation, options.generation))
     dims = checkpoint.architecture.dims(_context(checkpoint, options.context))
     prompt = make_prompt_template(checkpoint)
-    text_tokens = read_text_tokens(options.verify_text, checkpoint.tokenizer_json)
+    texts = _texts(checkpoint, options, dims)
     if any(token_id >= dims.vocab_size for token_id in prompt.stop_token_ids):
         raise ExportError(
             f"a stop token of {list(prompt.stop_token_ids)} is outside the vocabulary of {dims.vocab_size}"
         )
     with staging(options.out.absolute()) as folder:
-        graphs = _build(checkpoint, options.targets, dims, folder)
-        quality, report = _verify(checkpoint, options, dims, graphs, text_tokens)
+        graphs = _build(checkpoint, options.targets, dims, texts.calibrate, folder)
+        quality, report = _verify(checkpoint, options, dims, graphs, texts)
         expectation = _self_test(graphs[options.targets[0]], dims, checkpoint, prompt)
         if CPU_FP32 not in options.targets:
             shutil.rmtree(_graph_folder(folder, CPU_FP32))
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
+        if options.domain is not None:
+            report |= options.domain.report
+            (folder / DOMAIN_FILE).write_bytes(encode_domain(options.domain.schema))
+            (folder / CARD_FILE).write_text(options.domain.card, encoding="utf-8")
         (folder / QUALITY_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         manifest = _manifest(checkpoint, options, dims, prompt, quality, expectation, folder)
         if options.ship_prefix:
             manifest = add_prefix_files(folder, manifest)
         publish(folder, options.out.absolute(), manifest)
     return manifest
+
+
+def _trimmed(checkpoint: Checkpoint, max_size: int, text_path: Path) -> Checkpoint:
+    """The checkpoint over a smaller vocabulary, saying what that gains."""
+    try:
+        text = text_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"cannot read the text for --vocabulary, {text_path}: {error}") from None
+    trimmed = trim_vocabulary(checkpoint.tokenizer_json, text.splitlines(keepends=True), max_size)
+    smaller = trim_checkpoint(checkpoint, trimmed)
+    before, after = (sum(map(math.prod, one.tensors.shapes.values())) for one in (checkpoint, smaller))
+    own, kept = (Tokenizer(tokenizers.Tokenizer.from_str(one.tokenizer_json)) for one in (checkpoint, smaller))
+    say(
+        f"vocabulary: {checkpoint.architecture.vocab_size} tokens become {trimmed.size}, {before / 1e6:.1f} million "
+        f"weights {after / 1e6:.1f}; a token costs about {1 - after / before:.0%} less to generate, and the text is "
+        f"spelled in {len(kept.encode(text)) / max(1, len(own.encode(text))) - 1:.1%} more tokens"
+    )
+    return smaller
+
+
+class _Texts(NamedTuple):
+    """Token ids of what quantisation is fitted to and judged on, and how to describe the latter."""
+
+    calibrate: Sequence[Sequence[int]]
+    verify: Sequence[Sequence[int]]
+    description: dict[str, Any]
+
+
+def _texts(checkpoint: Checkpoint, options: ExportOptions, dims: ModelDims) -> _Texts:
+    if options.domain is not None:
+        verify = options.domain.verify
+        described: dict[str, Any] = {"held_out_examples": len(verify), "tokens": sum(map(len, verify))}
+        return _Texts(options.domain.calibrate, verify, described)
+    token_ids = read_text_tokens(options.verify_text, checkpoint.tokenizer_json)
+    described = {
+        "file": options.verify_text.name,
+        "sha256": sha256_file(options.verify_text),
+        "tokens": len(token_ids),
+    }
+    calibration = read_text_tokens(CALIBRATION_TEXT, checkpoint.tokenizer_json)
+    calibrate = text_windows(calibration, min(_CALIBRATION_WINDOW_TOKENS, dims.max_seq_len))
+    return _Texts(calibrate, text_windows(token_ids, dims.max_seq_len), described)
 
 
 def _generation(own: GenerationDefaults, asked: Mapping[str, float]) -> GenerationDefaults:
@@ -130,7 +210,11 @@ def _context(checkpoint: Checkpoint, asked: int | None) -> int:
 
 
 def _build(
-    checkpoint: Checkpoint, targets: Sequence[WeightFormat], dims: ModelDims, folder: Path
+    checkpoint: Checkpoint,
+    targets: Sequence[WeightFormat],
+    dims: ModelDims,
+    calibrate: Sequence[Sequence[int]],
+    folder: Path,
 ) -> dict[WeightFormat, Path]:
     """Every target's graph, and always the float32 one, by which the others are calibrated and judged."""
     built = list(dict.fromkeys([CPU_FP32, *targets]))
@@ -140,8 +224,7 @@ def _build(
     graphs = {CPU_FP32: reference}
     if len(built) > 1:
         groups = checkpoint.architecture.smoothing_groups()
-        text_tokens = read_text_tokens(CALIBRATION_TEXT, checkpoint.tokenizer_json)
-        magnitudes = measure_magnitudes(reference, dims, [group.activation for group in groups], text_tokens)
+        magnitudes = measure_magnitudes(reference, dims, [group.activation for group in groups], calibrate)
         smoothed = replace(checkpoint, tensors=SmoothedTensors(checkpoint.tensors, groups, magnitudes))
         for weights in built[1:]:
             graphs[weights] = build_graph(smoothed, weights, dims, _graph_folder(folder, weights))
@@ -157,17 +240,13 @@ def _verify(
     options: ExportOptions,
     dims: ModelDims,
     graphs: dict[WeightFormat, Path],
-    text_tokens: Sequence[int],
+    texts: _Texts,
 ) -> tuple[tuple[GraphQuality, ...], dict[str, Any]]:
     """Judge every quantised graph; returns the manifest's summaries and the contents of quality.json."""
     reference = open_runner(graphs[CPU_FP32], dims)
     report: dict[str, Any] = {
         "reference": f"cpu-fp32 graph, {checkpoint.reference}",
-        "text": {
-            "file": options.verify_text.name,
-            "sha256": sha256_file(options.verify_text),
-            "tokens": len(text_tokens),
-        },
+        "text": texts.description,
         "max_perplexity_ratio": options.max_perplexity_ratio,
         "graphs": [],
     }
@@ -175,7 +254,7 @@ def _verify(
     for weights in options.targets:
         if not weights.is_quantized:
             continue
-        figures = compare(open_runner(graphs[weights], dims), reference, text_tokens, f"verifying {weights.target}")
+        figures = compare(open_runner(graphs[weights], dims), reference, texts.verify, f"verifying {weights.target}")
         check_limit(figures, weights.target, options.max_perplexity_ratio)
         quality = figures.quality(weights.target, options.max_perplexity_ratio)
         qualities.append(quality)
@@ -191,7 +270,9 @@ def _verify(
     if options.verify_hf:
         from export.verify_hf import compare_with_transformers
 
-        report["transformers"] = compare_with_transformers(checkpoint, reference, text_tokens)
+        report["transformers"] = compare_with_transformers(
+            checkpoint, reference, list(itertools.chain.from_iterable(texts.verify))
+        )
     return tuple(qualities), report
 
 
@@ -211,7 +292,7 @@ def _manifest(
     folder: Path,
 ) -> Manifest:
     graphs = tuple(describe_graph(weights) for weights in options.targets)
-    paths = [TOKENIZER_FILE, QUALITY_FILE]
+    paths = [TOKENIZER_FILE, QUALITY_FILE, *([] if options.domain is None else [DOMAIN_FILE, CARD_FILE])]
     for graph in graphs:
         paths += [path for path in (graph.file, graph.data_file) if path is not None]
     # Builds that must not depend on the clock say when they happen (reproducible-builds.org).
@@ -238,4 +319,5 @@ def _manifest(
         quality=quality,
         expectation=expectation,
         files=list_files(folder, paths),
+        domain_file=None if options.domain is None else DOMAIN_FILE,
     )

@@ -92,21 +92,25 @@ def read_text_tokens(path: Path, tokenizer_json: str) -> list[int]:
     return token_ids[:_MAX_TOKENS]
 
 
-def compare(graph: Runner, reference: Runner, token_ids: Sequence[int], description: str) -> Comparison:
-    """Run both over the text, in windows that fit the context and chunks as a prefill has them.
+def text_windows(token_ids: Sequence[int], max_seq_len: int) -> list[list[int]]:
+    """A long text in pieces that fit the context, each of at least two tokens."""
+    length = min(_WINDOW_TOKENS, max_seq_len)
+    return [list(token_ids[start : start + length]) for start in range(0, len(token_ids) - 1, length)]
+
+
+def compare(graph: Runner, reference: Runner, windows: Sequence[Sequence[int]], description: str) -> Comparison:
+    """Run both over texts, each from an empty cache and in chunks as a prefill has them.
 
     Args:
         graph: the graph to judge.
         reference: the ``cpu-fp32`` graph of the same weights.
-        token_ids: the text.
+        windows: token ids of each text, no longer than the context.
         description: for the progress bar.
     """
     losses = [0.0, 0.0]
     agreements, divergence, count, largest = 0, 0.0, 0, 0.0
-    length = min(_WINDOW_TOKENS, graph.max_seq_len)
-    with progress(description, len(token_ids), unit="tok") as bar:
-        for start in range(0, len(token_ids) - 1, length):
-            window = token_ids[start : start + length]
+    with progress(description, sum(map(len, windows)), unit="tok") as bar:
+        for window in windows:
             chunks = zip(_chunks(graph, window), _chunks(reference, window), strict=True)
             position = 1
             for own, expected in chunks:

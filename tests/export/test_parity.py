@@ -17,6 +17,7 @@ from export.errors import ExportError
 from export.graph.weights import CPU_FP32, WeightFormat, cpu_int8
 from export.graphs import build_graph
 from export.smoothing import SmoothedTensors
+from export.verify import text_windows
 from tests.export.models import gpt2_config, llama_config, random_ids, random_model, save
 
 CONTEXT = 64
@@ -164,7 +165,8 @@ def test_smoothing_changes_nothing_in_float32(config: Any, tmp_path: Path) -> No
     dims = checkpoint.architecture.dims(CONTEXT)
     path = build_graph(checkpoint, CPU_FP32, dims, tmp_path / "plain")
     groups = checkpoint.architecture.smoothing_groups()
-    magnitudes = measure_magnitudes(path, dims, [group.activation for group in groups], random_ids(200, seed=3))
+    windows = text_windows(random_ids(200, seed=3), CONTEXT)
+    magnitudes = measure_magnitudes(path, dims, [group.activation for group in groups], windows)
     smoothed = SmoothedTensors(checkpoint.tensors, groups, magnitudes)
     changed = [
         name for name in smoothed.shapes if not np.array_equal(smoothed.read(name), checkpoint.tensors.read(name))

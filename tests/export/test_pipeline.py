@@ -43,6 +43,9 @@ def test_bundle_is_complete_and_keeps_its_promise(
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
     report = json.loads((out / "quality.json").read_text())
     assert report["reference"] == "cpu-fp32 graph, float32 weights"
+    assert report["text"].keys() == {"file", "sha256", "tokens"}
+    assert report["text"]["file"] == "text.txt"
+    assert report["text"]["tokens"] > 100
     assert report["transformers"]["greedy_tokens_equal"] >= 32
     quality = report["graphs"][0]
     assert quality["perplexity_ratio"] == manifest.quality[0].perplexity_ratio

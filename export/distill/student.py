@@ -1,0 +1,121 @@
+"""The student: a GPT-2 of a given shape, with whatever it can take over from its teacher."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from export.errors import ExportError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from export.tensors import Float32Array
+
+_HEAD_DIM: Final = 64
+# Of GPT-2's own initialisation is 0.02; embeddings that mean something from the start may be larger (docs/export.md).
+_EMBEDDING_STD: Final = 0.05
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """Layers and width of a student."""
+
+    num_layers: int
+    hidden_size: int
+
+    @classmethod
+    def parse(cls, text: str) -> StudentShape:
+        """``6x384`` is 6 layers of width 384. Raises ``ValueError`` saying what is allowed."""
+        found = re.fullmatch(r"(\d{1,3})x(\d{2,5})", text)
+        if not found or not int(found[1]) or int(found[2]) % 16:
+            raise ValueError(f"{text!r} is not LAYERSxWIDTH such as 6x384, with a width that 16 divides")
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of 64 channels where the width allows it, else of 16."""
+        return self.hidden_size // (_HEAD_DIM if self.hidden_size % _HEAD_DIM == 0 else 16)
+
+
+def new_student(shape: StudentShape, vocab_size: int, context: int, dropout: float, seed: int) -> Any:
+    """A GPT-2 with random weights, as a transformers model with a tied head."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        n_layer=shape.num_layers,
+        n_head=shape.num_heads,
+        n_embd=shape.hidden_size,
+        n_positions=context,
+        vocab_size=vocab_size,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def take_embeddings(student: Any, teacher_rows: Float32Array) -> None:
+    """Start from the teacher's token embeddings: as they are at equal width, else projected on their main axes.
+
+    Args:
+        student: its first rows are overwritten.
+        teacher_rows: ``(tokens, teacher_width)``; fewer rows than the student's vocabulary if it has tokens of its own.
+    """
+    import torch
+
+    table = student.get_input_embeddings().weight
+    projected = project(teacher_rows, int(table.shape[1]))
+    projected = projected * (_EMBEDDING_STD / float(projected.std()))
+    with torch.no_grad():
+        table[: projected.shape[0]] = torch.from_numpy(projected)
+
+
+def project(rows: Float32Array, width: int) -> Float32Array:
+    """Rows ``(n, d)`` as ``(n, width)``: principal components if they are narrower, zeros added if they are wider."""
+    size = rows.shape[1]
+    if size == width:
+        same: Float32Array = rows.copy()
+        return same
+    if size < width:
+        return np.pad(rows, ((0, 0), (0, width - size)))
+    centred = rows - rows.mean(axis=0)
+    # The axes of largest variance: eigenvectors of the covariance, which is small where the table is not.
+    _, axes = np.linalg.eigh((centred.T @ centred).astype(np.float64))
+    main: NDArray[np.float64] = axes[:, ::-1][:, :width]
+    components: Float32Array = (centred @ main.astype(np.float32)).astype(np.float32)
+    # Turned at random, so that heads share the large components instead of the first one getting them all.
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0].astype(np.float32)
+    return np.ascontiguousarray(components @ turn, dtype=np.float32)
+
+
+def alternate_layers(student: Any, teacher: Any) -> None:
+    """Take over embeddings and every n-th layer of a GPT-2 teacher of the same width (Sanh et al. 2019, DistilBERT).
+
+    Raises:
+        ExportError: the teacher is no GPT-2, or of another width, or has fewer layers.
+    """
+    import torch
+
+    ours, theirs = student.config, teacher.config
+    if theirs.model_type != "gpt2" or theirs.n_embd != ours.n_embd or theirs.n_head != ours.n_head:
+        raise ExportError(
+            f"layers can be taken over from a GPT-2 of width {ours.n_embd} with {ours.n_head} heads only, and the "
+            f"teacher is a {theirs.model_type} of width {getattr(theirs, 'n_embd', theirs.hidden_size)}"
+        )
+    if theirs.n_layer < ours.n_layer:
+        raise ExportError(f"the teacher has {theirs.n_layer} layers, fewer than the student's {ours.n_layer}")
+    chosen = np.linspace(0, theirs.n_layer - 1, ours.n_layer).round().astype(int)
+    with torch.no_grad():
+        for layer, source in zip(student.transformer.h, chosen, strict=True):
+            layer.load_state_dict(teacher.transformer.h[int(source)].state_dict())
+        student.transformer.ln_f.load_state_dict(teacher.transformer.ln_f.state_dict())
+        positions = min(ours.n_positions, theirs.n_positions)
+        student.transformer.wpe.weight[:positions] = teacher.transformer.wpe.weight[:positions]
+        rows = min(ours.vocab_size, theirs.vocab_size)
+        student.transformer.wte.weight[:rows] = teacher.transformer.wte.weight[:rows]

@@ -1,0 +1,385 @@
+"""A domain pack in memory, read from its folder by ``load_pack``::
+
+    PACK/pack.toml            name, licence, fillers, state values, the failure sentence
+    PACK/actions.toml         every action with its slots
+    PACK/intents/*.toml       utterances of the actions, with the answer
+    PACK/replies/*.toml       facts, small talk and what is refused
+    PACK/held_out/*.toml      more utterances that are only ever tested on
+    PACK/values/*.txt         values of text slots, one a line
+
+docs/domain-packs.md describes every key.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from edge_llm.domain.schema import (
+    Action,
+    ActionName,
+    ChoiceSlot,
+    ChoiceValue,
+    DomainSchema,
+    IntegerSlot,
+    Name,
+    NumberSlot,
+    Sentence,
+    StateValue,
+    TextSlot,
+    decode_domain,
+    encode_domain,
+)
+from edge_llm.errors import ManifestError
+from export.errors import ExportError
+from export.packs.check import check_templates
+from export.packs.lines import (
+    Call,
+    Template,
+    convert_value,
+    parse_intent_line,
+    parse_mixed_line,
+    parse_reply_line,
+)
+from export.packs.located_toml import LocatedToml
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterator, Mapping
+    from pathlib import Path
+
+    from edge_llm.domain.schema import Slot, SlotValue
+
+_PLACEHOLDER: Final = re.compile(r"\{([^{}]*)\}")
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Frozen, and an unknown key is an error."""
+
+
+class _PackFile(_Strict, frozen=True, kw_only=True):
+    name: Annotated[str, Meta(pattern="^[a-z][a-z0-9-]{0,39}$")]
+    version: str
+    language: str
+    license: str
+    description: str
+    failure: Sentence
+    max_actions: Annotated[int, Meta(ge=1, le=8)] = 3
+    fillers_before: tuple[str, ...] = ()
+    fillers_after: tuple[str, ...] = ()
+    joiners: tuple[str, ...] = ("and",)
+    state: dict[Name, StateValue] = {}
+    examples: tuple[Sentence, ...] = ()
+
+
+class _Integer(_Strict, frozen=True, kw_only=True, tag="integer"):
+    min: Annotated[int, Meta(ge=0, le=99_999)]
+    max: Annotated[int, Meta(ge=0, le=99_999)]
+    out_of_range: Sentence
+
+
+class _Number(_Strict, frozen=True, kw_only=True, tag="number"):
+    min: Annotated[float, Meta(ge=0, le=99_999)]
+    max: Annotated[float, Meta(ge=0, le=99_999)]
+    out_of_range: Sentence
+    decimals: Annotated[int, Meta(ge=1, le=3)] = 1
+
+
+class _ChoiceWords(_Strict, frozen=True, kw_only=True):
+    say: Sentence
+    spoken: tuple[str, ...]
+
+
+class _Choice(_Strict, frozen=True, kw_only=True, tag="choice"):
+    values: Annotated[dict[ChoiceValue, _ChoiceWords], Meta(min_length=1, max_length=64)]
+
+
+class _Text(_Strict, frozen=True, kw_only=True, tag="text"):
+    values_file: str
+    max_words: Annotated[int, Meta(ge=1, le=32)] = 12
+
+
+_Slot: TypeAlias = _Integer | _Number | _Choice | _Text
+
+
+class _Action(_Strict, frozen=True, kw_only=True):
+    name: ActionName
+    confirm: bool = False
+    one_of: tuple[Name, ...] = ()
+    slots: dict[Name, _Slot] = {}
+
+
+class _ActionsFile(_Strict, frozen=True, kw_only=True):
+    action: Annotated[tuple[_Action, ...], Meta(min_length=1)]
+
+
+class _Intent(_Strict, frozen=True, kw_only=True):
+    name: str
+    action: ActionName
+    answer: Sentence
+    slots: dict[Name, str | int | float] = {}
+    utterances: str
+    held_out: str = ""
+
+
+class _Mixed(_Strict, frozen=True, kw_only=True):
+    name: str = ""
+    utterances: str = ""
+    held_out: str = ""
+
+
+class _IntentsFile(_Strict, frozen=True, kw_only=True):
+    intent: tuple[_Intent, ...] = ()
+    mixed: tuple[_Mixed, ...] = ()
+
+
+class _Reply(_Strict, frozen=True, kw_only=True):
+    kind: Literal["fact", "refusal", "chat"]
+    name: str
+    answer: Sentence
+    utterances: str
+    held_out: str = ""
+
+
+class _RepliesFile(_Strict, frozen=True, kw_only=True):
+    reply: Annotated[tuple[_Reply, ...], Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class SlotWords:
+    """What only the tool needs of a slot: how its values are said, and what is said of a value out of range.
+
+    ``spoken`` maps each choice to its words; ``values`` are those of a text slot; both are empty for a number.
+    """
+
+    spoken: Mapping[str, tuple[str, ...]]
+    values: tuple[str, ...]
+    out_of_range: str
+
+
+@dataclass(frozen=True)
+class Intent:
+    """Utterances that mean one action, and the answer to them."""
+
+    name: str
+    action: str
+    slots: Mapping[str, SlotValue]
+    answer: str
+    templates: tuple[Template, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Utterances that are answered in words alone."""
+
+    name: str
+    kind: Literal["fact", "refusal", "chat"]
+    answer: str
+    templates: tuple[Template, ...]
+    held_out: tuple[Template, ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A valid pack. ``mixed`` and ``held_out`` are commands that name their actions themselves."""
+
+    schema: DomainSchema
+    license: str
+    description: str
+    fillers_before: tuple[str, ...]
+    fillers_after: tuple[str, ...]
+    joiners: tuple[str, ...]
+    words: Mapping[tuple[str, str], SlotWords]
+    intents: tuple[Intent, ...]
+    replies: tuple[Reply, ...]
+    mixed: tuple[Template, ...]
+    held_out: tuple[Template, ...]
+
+    def action(self, name: str) -> Action:
+        """An action that a template of the pack names."""
+        action = self.schema.action(name)
+        assert action is not None, "templates were checked against the schema"
+        return action
+
+    def answer(self, call: Call) -> str:
+        """What is said to an action: the answer of the intent that says the most about its slots."""
+        return max(self.answering(call), key=lambda intent: len(intent.slots)).answer
+
+    def answering(self, call: Call) -> list[Intent]:
+        """The intents whose answers fit an action; none for no template of a valid pack."""
+        return [
+            intent
+            for intent in self.intents
+            if intent.action == call.action
+            and intent.slots.items() <= call.slots.items()
+            and all(name in call.slots or name in self.schema.state for name in _PLACEHOLDER.findall(intent.answer))
+        ]
+
+
+def load_pack(folder: Path) -> Pack:
+    """Read and check a pack.
+
+    Raises:
+        ExportError: something is missing or wrong; the message names file and line.
+    """
+    if not (folder / "pack.toml").is_file():
+        raise ExportError(f"{folder} is not a domain pack: it has no pack.toml")
+    about = LocatedToml(folder / "pack.toml").convert(_PackFile)
+    actions_toml = LocatedToml(folder / "actions.toml")
+    actions = actions_toml.convert(_ActionsFile).action
+    schema = DomainSchema(
+        format=1,
+        name=about.name,
+        version=about.version,
+        failure=about.failure,
+        max_actions=about.max_actions,
+        actions=tuple(
+            Action(
+                name=action.name,
+                confirm=action.confirm,
+                slots={name: _schema_slot(slot) for name, slot in action.slots.items()},
+                one_of=action.one_of,
+            )
+            for action in actions
+        ),
+        state=about.state,
+        examples=about.examples,
+    )
+    try:
+        # As the device will: it also checks what a struct made in memory may hold.
+        decode_domain(encode_domain(schema))
+    except ManifestError as error:
+        raise ExportError(f"{actions_toml.path}: {error}") from None
+    words = {
+        (action.name, name): _slot_words(slot, folder, actions_toml.where(f"action[{index}].slots.{name}"), schema)
+        for index, action in enumerate(actions)
+        for name, slot in action.slots.items()
+    }
+    intents, mixed, held_out = _read_intents(folder, schema)
+    replies = _read_replies(folder)
+    silent = [action.name for action in schema.actions if not any(i.action == action.name for i in intents)]
+    if silent:
+        raise ExportError(f"{folder}: no intent asks for the action {silent[0]!r}: write one, or remove the action")
+    pack = Pack(
+        schema=schema,
+        license=about.license,
+        description=about.description,
+        fillers_before=about.fillers_before,
+        fillers_after=about.fillers_after,
+        joiners=about.joiners,
+        words=words,
+        intents=intents,
+        replies=replies,
+        mixed=mixed,
+        held_out=held_out,
+    )
+    check_templates(pack)
+    return pack
+
+
+def _schema_slot(slot: _Slot) -> Slot:
+    if isinstance(slot, _Integer):
+        return IntegerSlot(min=slot.min, max=slot.max)
+    if isinstance(slot, _Number):
+        return NumberSlot(min=slot.min, max=slot.max, decimals=slot.decimals)
+    if isinstance(slot, _Choice):
+        return ChoiceSlot(values={value: words.say for value, words in slot.values.items()})
+    return TextSlot(max_words=slot.max_words)
+
+
+def _slot_words(slot: _Slot, folder: Path, where: str, schema: DomainSchema) -> SlotWords:
+    if isinstance(slot, _Integer | _Number):
+        _check_placeholders(slot.out_of_range, schema.state, f"{where}: out_of_range")
+        return SlotWords({}, (), slot.out_of_range)
+    if isinstance(slot, _Choice):
+        return SlotWords({value: words.spoken for value, words in slot.values.items()}, (), "")
+    path = folder / "values" / slot.values_file
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{where}: cannot read {path}: {error}") from None
+    values = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not values:
+        raise ExportError(f"{where}: {path} holds no value")
+    longest = max(values, key=lambda value: len(value.split()))
+    if len(longest.split()) > slot.max_words:
+        raise ExportError(f"{where}: {longest!r} of {path} has more words than max_words, {slot.max_words}")
+    return SlotWords({}, values, "")
+
+
+def _read_intents(
+    folder: Path, schema: DomainSchema
+) -> tuple[tuple[Intent, ...], tuple[Template, ...], tuple[Template, ...]]:
+    intents: list[Intent] = []
+    mixed: list[Template] = []
+    held_out: list[Template] = []
+    for path in [*sorted((folder / "intents").glob("*.toml")), *sorted((folder / "held_out").glob("*.toml"))]:
+        toml = LocatedToml(path)
+        content = toml.convert(_IntentsFile)
+        for index, entry in enumerate(content.intent):
+            intent, tested = _read_intent(entry, f"intent[{index}]", toml, schema)
+            if any(intent.name == other.name for other in intents):
+                raise ExportError(f"{toml.where(f'intent[{index}].name')}: there are two intents {intent.name!r}")
+            intents.append(intent)
+            held_out += tested
+        for index, block in enumerate(content.mixed):
+            if block.utterances and path.parent.name == "held_out":
+                raise ExportError(f"{toml.where(f'mixed[{index}].utterances')}: here, only `held_out` is read")
+            for key, text, found in (("utterances", block.utterances, mixed), ("held_out", block.held_out, held_out)):
+                lines = toml.text_lines(f"mixed[{index}].{key}", text)
+                found += [parse_mixed_line(line, schema, where) for line, where in lines]
+    return tuple(intents), tuple(mixed), tuple(held_out)
+
+
+def _read_intent(entry: _Intent, key: str, toml: LocatedToml, schema: DomainSchema) -> tuple[Intent, list[Template]]:
+    action = schema.action(entry.action)
+    if action is None:
+        raise ExportError(f"{toml.where(f'{key}.action')}: there is no action {entry.action!r} in actions.toml")
+    where = toml.where(f"{key}.slots")
+    fixed: dict[str, SlotValue] = {}
+    for name, value in entry.slots.items():
+        if name not in action.slots:
+            raise ExportError(f"{where}: action {action.name} has no slot {name!r}")
+        if isinstance(action.slots[name], TextSlot):
+            raise ExportError(f"{where}: {name!r} holds words of the utterance, so an intent cannot give it")
+        fixed[name] = convert_value(action.slots[name], str(value), name, where)
+    _check_placeholders(entry.answer, {**action.slots, **schema.state}, toml.where(f"{key}.answer"))
+    lines = toml.text_lines(f"{key}.utterances", entry.utterances)
+    templates = tuple(parse_intent_line(line, action, fixed, place) for line, place in lines)
+    if not templates:
+        raise ExportError(f"{toml.where(f'{key}.utterances')}: intent {entry.name!r} has no utterance")
+    tested = toml.text_lines(f"{key}.held_out", entry.held_out)
+    intent = Intent(entry.name, entry.action, fixed, entry.answer, templates)
+    return intent, [parse_intent_line(line, action, fixed, place) for line, place in tested]
+
+
+def _check_placeholders(sentence: str, known: Container[str], where: str) -> None:
+    for name in _PLACEHOLDER.findall(sentence):
+        if name not in known:
+            raise ExportError(f"{where}: {{{name}}} is neither a state value nor a slot that is known here")
+
+
+def _read_replies(folder: Path) -> tuple[Reply, ...]:
+    replies: list[Reply] = []
+    for path in sorted((folder / "replies").glob("*.toml")):
+        toml = LocatedToml(path)
+        for index, entry in enumerate(toml.convert(_RepliesFile).reply):
+            key = f"reply[{index}]"
+            if any(entry.name == other.name for other in replies):
+                raise ExportError(f"{toml.where(f'{key}.name')}: there are two replies {entry.name!r}")
+            # Its sentence streams while it is written: a value that is missing would be noticed too late.
+            _check_placeholders(entry.answer, {}, toml.where(f"{key}.answer"))
+            templates = tuple(_reply_lines(toml, f"{key}.utterances", entry.utterances))
+            if not templates:
+                raise ExportError(f"{toml.where(f'{key}.utterances')}: reply {entry.name!r} has no utterance")
+            tested = tuple(_reply_lines(toml, f"{key}.held_out", entry.held_out))
+            replies.append(Reply(entry.name, entry.kind, entry.answer, templates, tested))
+    return tuple(replies)
+
+
+def _reply_lines(toml: LocatedToml, key: str, text: str) -> Iterator[Template]:
+    for line, where in toml.text_lines(key, text):
+        yield parse_reply_line(line, where)
