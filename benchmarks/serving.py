@@ -16,6 +16,7 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from edge_llm.bundle.manifest import Bundle
@@ -57,12 +58,16 @@ class Daemon:
         cache_dir: where the bundle's prepared copy is.
         port: of the broker on 127.0.0.1.
         log_path: gets its standard error.
+        settings: more of them, as ``cache.prefix=false``.
     """
 
-    def __init__(self, bundle: Bundle, cache_dir: Path, port: int, log_path: Path) -> None:
+    def __init__(
+        self, bundle: Bundle, cache_dir: Path, port: int, log_path: Path, settings: Sequence[str] = ()
+    ) -> None:
         self._command = [sys.executable, "-m", "edge_llm.cli", "serve", "--bundle", str(bundle.path)]
         self._command += ["--host", "127.0.0.1", "--port", str(port), "--node", NODE]
         self._command += ["--set", f"cache_dir={cache_dir}"]
+        self._command += [f"--set={setting}" for setting in settings]
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
 
