@@ -63,6 +63,13 @@ def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> N
         metavar="N",
         help="ask the fine-tuned teacher for N more utterances, and keep those that it understands (default 0)",
     )
+    parser.add_argument(
+        "--echo-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="an exercise in copying after every N of the student's examples (default 0: none)",
+    )
     parser.add_argument("--batch-tokens", type=positive_int, default=2048, metavar="N", help="a step (default 2048)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of the student (default 0.001)")
     parser.add_argument(
@@ -97,7 +104,7 @@ def _options(arguments: argparse.Namespace) -> DistilOptions:
         steps=arguments.teacher_steps,
         batch_tokens=arguments.batch_tokens,
         # A pretrained model forgets at a student's rate.
-        learning_rate=1e-4,
+        learning_rate=2e-4,
         seed=arguments.seed,
     )
     return DistilOptions(
@@ -111,6 +118,7 @@ def _options(arguments: argparse.Namespace) -> DistilOptions:
         examples=arguments.examples,
         teacher_settings=teacher_settings if learns else None,
         rephrased=arguments.rephrase,
+        echo_every=arguments.echo_every,
         seed=arguments.seed,
         name=arguments.name,
         version=arguments.bundle_version,

@@ -103,7 +103,7 @@ class DistilOptions:
     top_k: int = 16
     dropout: float = 0.1
     embeddings: bool = True
-    echo_every: int = 8
+    echo_every: int = 0
     seed: int = 0
     name: str | None = None
     version: str = "1"
