@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from edge_llm.cache.feedback_log import FeedbackEntry, FeedbackLog, clear_feedback, stored_feedback
 from edge_llm.cache.state_db import StateDb, state_path
-from edge_llm.cli import main
 from edge_llm.feedback_command import format_feedback
 
 if sys.version_info >= (3, 11):
@@ -70,23 +68,26 @@ def test_the_export_is_toml_whose_ready_lines_are_those_rated_good():
     assert "# is it wet\n" in text
 
 
-def test_the_commands_export_and_erase(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def feedback(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as users run it: it sets up logging for its whole process."""
+    command = [sys.executable, "-m", "edge_llm.cli", "feedback", *arguments, "--set", f"state_dir={folder}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_commands_export_and_erase(tmp_path: Path):
     db = StateDb.open(state_path(tmp_path))
     FeedbackLog(db, max_entries=10).record(entry("is it wet"))
     db.close()
-    where = ["--set", f"state_dir={tmp_path}"]
     out = tmp_path / "review.toml"
-    assert main(["feedback", "export", "--out", str(out), *where]) == 0
+    assert feedback(tmp_path, "export", "--out", str(out)).returncode == 0
     assert "# is it wet" in out.read_text()
     assert out.stat().st_mode & 0o777 == 0o600
-    assert main(["feedback", "export", "--out", str(out), *where]) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert main(["feedback", "clear", "--user", "bob", *where]) == 0
-    assert main(["feedback", "clear", *where]) == 0
-    assert capsys.readouterr().out.splitlines() == ["removed 0 feedback entries", "removed 1 feedback entries"]
+    again = feedback(tmp_path, "export", "--out", str(out))
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    assert feedback(tmp_path, "clear", "--user", "bob").stdout == "removed 0 feedback entries\n"
+    assert feedback(tmp_path, "clear").stdout == "removed 1 feedback entries\n"
 
 
-def test_exporting_nothing_makes_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["feedback", "export", "--set", f"state_dir={tmp_path}"]) == 0
-    assert "0 utterances" in capsys.readouterr().out
+def test_exporting_nothing_makes_no_file(tmp_path: Path):
+    assert "0 utterances" in feedback(tmp_path, "export").stdout
     assert not state_path(tmp_path).exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_llm.cache.feedback_log import FeedbackEntry, FeedbackLog
 from edge_llm.cache.popularity import Popularity
 from edge_llm.cache.prefix_lint import PrefixLint
 from edge_llm.cache.response_cache import CachedResponse, ResponseCache
@@ -122,10 +123,12 @@ def remember(folder: Path) -> None:
     with contextlib.closing(StateDb.open(state_path(folder / "edge-llm"))) as db:
         responses = ResponseCache(db, scope="scope", max_entries=10, max_bytes=1 << 20)
         popularity = Popularity(db)
+        feedback = FeedbackLog(db, 10)
         lint = PrefixLint(db)
         for user in ("ann", "bob"):
             responses.put(user, b"key", CachedResponse("Yes.", "stop", 3, 2))
             popularity.record(user, "Is it far?")
+            feedback.record(FeedbackEntry(user, "refused", "Is it wet?", "refusal", "[]", "No."))
             for time in (11, 12, 13):
                 lint.observe(user, [*range(20), time + 100, *range(20)], lambda ids: f"{ids[0] - 100}:00")
         assert responses.find("ann", b"key")
@@ -160,8 +163,17 @@ def test_cache_info_makes_nothing_where_nothing_is(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "left", "removed"),
     [
-        ([], (0, 0, 0, 0), ["2 responses", "2 popular queries", "2 findings", "1 prefix snapshots"]),
-        (["--user", "ann"], (1, 1, 1, 1), ["1 responses of ann", "1 popular queries of ann", "1 findings of ann"]),
+        (
+            [],
+            (0, 0, 0, 0),
+            ["2 responses", "2 popular queries", "2 feedback entries", "2 findings", "1 prefix snapshots"],
+        ),
+        (
+            ["--user", "ann"],
+            (1, 1, 1, 1),
+            ["1 responses of ann", "1 popular queries of ann", "1 feedback entries of ann", "1 findings of ann"],
+        ),
+        (["--feedback"], (2, 2, 2, 1), ["2 feedback entries"]),
         (["--responses"], (0, 2, 2, 1), ["2 responses"]),
         (["--popular", "--user", "ann"], (2, 1, 2, 1), ["1 popular queries of ann"]),
         (["--prefixes"], (2, 2, 2, 0), ["1 prefix snapshots"]),

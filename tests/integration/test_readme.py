@@ -82,8 +82,8 @@ def test_every_command_and_file_that_it_names_is_there():
     for link in re.findall(r"\]\(((?:docs|export|examples)/[^)#]+)\)", README):
         assert (ROOT / link).exists(), link
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z]+)", README):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
     help_text = subprocess.run(
         [sys.executable, "-m", "edge_llm.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
