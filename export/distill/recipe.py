@@ -309,8 +309,11 @@ def save_student(student: Any, basis: Basis, folder: Path) -> None:
 def _domain_teacher(basis: Basis, pack: Pack, options: DistilOptions, settings: TrainSettings) -> DomainTeacher:
     """The teacher over the trimmed vocabulary with the pack's tokens, fine-tuned on the pack."""
     import torch
+    import transformers
 
     teacher = model_from_tensors(trim_checkpoint(basis.teacher, basis.trimmed))
+    # It explains at length how it draws the new rows.
+    transformers.logging.set_verbosity_error()
     # The new rows are drawn at random.
     torch.manual_seed(options.seed)
     teacher.resize_token_embeddings(basis.vocab_size, mean_resizing=True)

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 # How often each kind of example is drawn. Outside examples are many because acting on one is the worst mistake.
 _SHARES: Final[Mapping[str, float]] = {
-    "intent": 0.46,
+    "intent": 0.40,
     "mixed": 0.08,
-    "joined": 0.08,
-    "out_of_range": 0.05,
+    "joined": 0.10,
+    "out_of_range": 0.04,
     "fact": 0.12,
     "chat": 0.05,
-    "refusal": 0.16,
+    "refusal": 0.21,
     "rephrased": 0.8,
 }
 _ONSETS: Final = (*"bcdfghjklmnprstvwz", "br", "ch", "cr", "dr", "fl", "gr", "kr", "pl", "sh", "st", "th", "tr")
