@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures = judge_all(model, model.domain, utterances, "with the grammar")
     free = Domain(model.domain.schema, model.tokenizer, constrained=False)
     free.values = model.domain.values
-    model.engine._make_sampler = free.sampler
+    model.engine.make_sampler = free.sampler
     without = judge_all(model, free, utterances, "without the grammar")
     report = {
         "machine": describe_machine(physical_cores(), PACKAGES),

@@ -5,15 +5,14 @@ Both work while a daemon runs: it notices an erasure at the next query.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from edge_llm.cache.feedback_log import clear_feedback, stored_feedback
+from edge_llm.cache.feedback_log import clear_feedback, feedback_count
 from edge_llm.cache.popularity import clear_popular, popular_counts
 from edge_llm.cache.prefix_lint import Finding, clear_findings, stored_findings
 from edge_llm.cache.response_cache import ResponseStats, clear_responses, response_stats
-from edge_llm.cache.state_db import StateDb, state_path
+from edge_llm.cache.state_db import existing_state, state_path
 from edge_llm.cache.state_file import state_files
 from edge_llm.cache.store import SNAPSHOT_FOLDER
 from edge_llm.config import cache_dir, state_dir
@@ -70,14 +69,14 @@ def cache_info(config: Config) -> CacheInfo:
     """
     folder = cache_dir(config)
     path = state_path(state_dir(config))
-    with _opened(path) as db:
+    with existing_state(path) as db:
         return CacheInfo(
             path=str(path),
             size_bytes=sum(_size(part) for part in state_files(path)),
             responses=response_stats(db) if db else ResponseStats(0, 0, 0),
             popular=popular_counts(db) if db else {},
             findings=stored_findings(db) if db else [],
-            feedback=len(stored_feedback(db)) if db else 0,
+            feedback=feedback_count(db) if db else 0,
             prefixes=_prefixes(folder),
         )
 
@@ -112,7 +111,7 @@ def clear_cache(config: Config, user: str | None, parts: Collection[str]) -> Ite
         raise ConfigError("--prefixes with --user: snapshots hold system prompts, which belong to no user")
     folder = cache_dir(config)
     whose = "" if user is None else f" of {user}"
-    with _opened(state_path(state_dir(config))) as db:
+    with existing_state(state_path(state_dir(config))) as db:
         if not parts or "responses" in parts:
             yield Cleared(f"responses{whose}", clear_responses(db, user) if db else 0)
         if not parts or "popular" in parts:
@@ -131,19 +130,8 @@ def recent_finding(config: Config, now: float) -> Finding | None:
     Raises:
         ConfigError: the state file is there but cannot be used.
     """
-    with _opened(state_path(state_dir(config))) as db:
+    with existing_state(state_path(state_dir(config))) as db:
         return next((finding for finding in stored_findings(db) if finding.is_habit(now)), None) if db else None
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[StateDb | None]:
-    if not path.exists():
-        yield None
-        return
-    with contextlib.closing(StateDb.open(path)) as db:
-        if db.in_memory:
-            raise ConfigError(f"{path} cannot be used: does it belong to this user, and is the disk writable?")
-        yield db
 
 
 def _prefix_files(folder: Path) -> list[Path]:

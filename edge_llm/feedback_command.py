@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edge_llm.cache.feedback_log import FeedbackEntry, clear_feedback, stored_feedback
-from edge_llm.cache.state_db import StateDb, state_path
+from edge_llm.cache.state_db import existing_state, state_path
 from edge_llm.config import state_dir
 from edge_llm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from edge_llm.config import Config
 
@@ -30,14 +29,14 @@ def export_feedback(config: Config, user: str | None) -> str:
     Raises:
         ConfigError: the state file cannot be used.
     """
-    with _opened(config) as db:
+    with existing_state(state_path(state_dir(config))) as db:
         entries = stored_feedback(db, user) if db else []
     return format_feedback(entries)
 
 
 def erase_feedback(config: Config, user: str | None) -> int | None:
     """Remove the entries of one user, or all; how many, or None if the file could not be written."""
-    with _opened(config) as db:
+    with existing_state(state_path(state_dir(config))) as db:
         return clear_feedback(db, user) if db else 0
 
 
@@ -88,15 +87,3 @@ def _quoted(value: object) -> str:
 def _one_line(text: str) -> str:
     # Three quotes would end the block, and a bar the words.
     return " ".join(text.replace("'''", "'").replace("|", "/").split())
-
-
-@contextlib.contextmanager
-def _opened(config: Config) -> Iterator[StateDb | None]:
-    path = state_path(state_dir(config))
-    if not path.exists():
-        yield None
-        return
-    with contextlib.closing(StateDb.open(path)) as db:
-        if db.in_memory:
-            raise ConfigError(f"{path} cannot be used: does it belong to this user, and is the disk writable?")
-        yield db

@@ -78,6 +78,12 @@ def stored_feedback(db: StateDb, user: str | None = None) -> list[FeedbackEntry]
     return [FeedbackEntry(*row) for row in rows or ()]
 
 
+def feedback_count(db: StateDb) -> int:
+    """Entries in the file, over all users."""
+    rows = db.read("SELECT count(*) FROM feedback")
+    return int(rows[0][0]) if rows else 0
+
+
 def clear_feedback(db: StateDb, user: str | None = None) -> int | None:
     """Erase one user's entries, or all of them; waits for the disk.
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from edge_llm.cache.state_file import Connections, is_damage, open_file, open_memory
+from edge_llm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger(__name__)
 
@@ -282,6 +283,22 @@ class StateDb:
         if self._last_logged is None or now - self._last_logged >= _LOG_INTERVAL_S:
             self._last_logged = now
             _log.warning("could not %s the state file", what, extra={"path": str(self._path), "reason": str(error)})
+
+
+@contextlib.contextmanager
+def existing_state(path: Path) -> Iterator[StateDb | None]:
+    """The file for a command that reads or erases; None if there is no file, and none is made.
+
+    Raises:
+        ConfigError: it is there but cannot be used.
+    """
+    if not path.exists():
+        yield None
+        return
+    with contextlib.closing(StateDb.open(path)) as db:
+        if db.in_memory:
+            raise ConfigError(f"{path} cannot be used: does it belong to this user, and is the disk writable?")
+        yield db
 
 
 class ErasureWatch:

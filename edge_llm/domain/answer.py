@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge_llm.domain.schema import SlotValue, is_complete, read_value, spoken, value_token
+from edge_llm.domain.schema import SlotValue, is_complete, read_value, spoken
 from edge_llm.engine.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ class DomainAnswer:
         self._sampler = sampler
         self._values = values
         self._stop = tuple(stop)
-        self._names = {grammar.ids[value_token(name)]: name for name in _placeholders(grammar)}
         self._head: list[int] = []
         self._calls: list[ActionCall | None] = []  # None is one that was dropped
         self._part: TextStream | None = None
@@ -112,8 +111,8 @@ class DomainAnswer:
         if self._part is None:
             self._head.append(token_id)
             return ""
-        if not self._part_failed and token_id in self._names:
-            return self._hold(self._value(self._names[token_id]))
+        if not self._part_failed and token_id in self._grammar.placeholders:
+            return self._hold(self._value(self._grammar.placeholders[token_id]))
         if self._part_failed or token_id in self._grammar.specials:
             return ""
         text = self._part.push([token_id])
@@ -227,7 +226,3 @@ class DomainAnswer:
     def _released(self, text: str) -> str:
         self.text += text
         return text
-
-
-def _placeholders(grammar: DomainGrammar) -> list[str]:
-    return [*dict.fromkeys([*grammar.slots.values(), *grammar.schema.state])]

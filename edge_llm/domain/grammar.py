@@ -23,6 +23,7 @@ from edge_llm.domain.schema import (
     action_token,
     kind_token,
     slot_token,
+    value_token,
     written,
 )
 from edge_llm.errors import ManifestError
@@ -79,6 +80,8 @@ class DomainGrammar:
         self.kinds = {self.ids[kind_token(kind)]: kind for kind in KINDS}
         self.actions = {self.ids[action_token(action.name)]: action for action in schema.actions}
         self.slots = {self.ids[slot_token(name)]: name for action in schema.actions for name in action.slots}
+        names = dict.fromkeys([*self.slots.values(), *schema.state])
+        self.placeholders = {self.ids[value_token(name)]: name for name in names}
         self.specials = frozenset(self.ids.values())
         # Those that can be completed although nobody said a word that could fill a text slot.
         self.wordless = frozenset(

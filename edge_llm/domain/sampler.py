@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,10 +35,16 @@ class DomainSampler(Sampler):
         self, grammar: DomainGrammar, params: SamplingParams, prompt_ids: Sequence[int], *, constrained: bool = True
     ) -> None:
         super().__init__(params, prompt_ids)
-        self._state = GrammarState(grammar, prompt_ids)
+        self._grammar = grammar
+        self._prompt_ids = prompt_ids
         self._constrained = constrained
         # One for each token before the text, in order: the probability that the model itself gave it.
         self.probabilities: list[float] = []
+
+    @cached_property
+    def _state(self) -> GrammarState:
+        # Only when a token is chosen: a prefix that is merely warmed has a sampler, too.
+        return GrammarState(self._grammar, self._prompt_ids)
 
     @property
     def needs_logits(self) -> bool:

@@ -75,7 +75,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.prefill_chunk = prefill_chunk
-        self._make_sampler = make_sampler
+        self.make_sampler = make_sampler
         self._stop_token_ids = frozenset(stop_token_ids)
         self.slots = SlotPool(runner.cache.slots)
 
@@ -113,7 +113,7 @@ class Engine:
             NoFreeSlotError: every slot is taken.
         """
         self.check_fits(prompt_ids, max_tokens)
-        sampler = self._make_sampler(sampling, prompt_ids)
+        sampler = self.make_sampler(sampling, prompt_ids)
         taken = self.slots.acquire(slot)
         return GenerationState(
             list(prompt_ids), max_tokens, sampler, taken, self._stop_token_ids, reused_len, reused_len

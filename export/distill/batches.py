@@ -74,12 +74,14 @@ class BatchOrder:
         for start in range(0, order.size, rows):
             block = order[start : start + rows]
             block = block[np.argsort(self._lengths[block], kind="stable")]
-            batches += _cut(block, self._lengths, self._batch_tokens)
+            batches += cut_into_batches(block, self._lengths, self._batch_tokens)
         return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def _cut(block: NDArray[np.int64], lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
-    """Cut sequences, sorted by length, into batches whose padded size stays within the bound."""
+def cut_into_batches(
+    block: NDArray[np.int64], lengths: NDArray[np.int64], batch_tokens: int
+) -> list[NDArray[np.int64]]:
+    """Cut indices of sequences, sorted by length, into batches whose padded size stays within the bound."""
     batches, start = [], 0
     for end in range(1, block.size + 1):
         is_last = end == block.size

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from export.console import progress, say
-from export.distill.batches import make_batch
+from export.distill.batches import cut_into_batches, make_batch
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -155,10 +155,5 @@ class TeacherCache:
 
 
 def _shards(corpus: Corpus, order: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
-    batches: list[NDArray[np.int64]] = []
-    start = 0
-    for end in range(1, order.size + 1):
-        if end == order.size or int(corpus.lengths[order[end]]) * (end + 1 - start) > _BATCH_TOKENS:
-            batches.append(order[start:end])
-            start = end
+    batches = cut_into_batches(order, corpus.lengths, _BATCH_TOKENS)
     return [batches[start : start + _BATCHES_A_SHARD] for start in range(0, len(batches), _BATCHES_A_SHARD)]
