@@ -70,6 +70,13 @@ def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> N
         metavar="N",
         help="an exercise in copying after every N of the student's examples (default 0: none)",
     )
+    parser.add_argument(
+        "--cut-share",
+        type=float,
+        default=0.7,
+        metavar="R",
+        help="share of examples that end a few tokens into their text, which leaves time for more (default 0.7)",
+    )
     parser.add_argument("--batch-tokens", type=positive_int, default=2048, metavar="N", help="a step (default 2048)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of the student (default 0.001)")
     parser.add_argument(
@@ -119,6 +126,7 @@ def _options(arguments: argparse.Namespace) -> DistilOptions:
         teacher_settings=teacher_settings if learns else None,
         rephrased=arguments.rephrase,
         echo_every=arguments.echo_every,
+        cut_share=arguments.cut_share,
         seed=arguments.seed,
         name=arguments.name,
         version=arguments.bundle_version,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import random
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from edge_llm.bundle.manifest import Manifest
     from export.checkpoint import Checkpoint
     from export.packs.encode import EncodedExample
+    from export.packs.examples import Example
     from export.packs.pack import Pack
 
 # Enough examples to see every word of a pack; the vocabulary is chosen from them.
@@ -57,7 +59,7 @@ _VOCABULARY_EXAMPLES: Final = 60_000
 _CALIBRATION_EXAMPLES: Final = 400
 _MAX_ANSWER_TOKENS: Final = 160
 # Roughly what an example has; the teacher sees each of its own about once.
-_TOKENS_AN_EXAMPLE: Final = 28
+_TOKENS_AN_EXAMPLE: Final = 22
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     f"{USER_TOKEN}" + "{{ message['content'] }}{% else %}"
@@ -85,6 +87,7 @@ class DistilOptions:
         dropout: of the student.
         embeddings: whether the student starts from the teacher's token embeddings.
         echo_every: an exercise in copying comes after so many of the student's examples; 0 is none.
+        cut_share: share of examples that end a few tokens into their text: more of them for the same time.
         seed: of examples and weights.
         name: of the bundle; None is the pack's with ``-gpt2``.
         version: of the bundle.
@@ -101,9 +104,10 @@ class DistilOptions:
     teacher_settings: TrainSettings | None = None
     rephrased: int = 0
     top_k: int = 16
-    dropout: float = 0.1
+    dropout: float = 0.0
     embeddings: bool = True
     echo_every: int = 0
+    cut_share: float = 0.7
     seed: int = 0
     name: str | None = None
     version: str = "1"
@@ -198,13 +202,19 @@ def _corpus(
     """
     path = options.work / f"{name}.npz"
     key_path = options.work / f"{name}.key"
-    parts = [basis.tokenizer_json, examples.source, count, options.context, both_ways, echo_every]
+    parts = [basis.tokenizer_json, examples.source, count, options.context, both_ways, echo_every, options.cut_share]
     key = hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()
     if path.exists() and key_path.exists() and key_path.read_text() == key:
         return Corpus.load(path)
     # Whatever is interrupted from here on, the old key must not vouch for the new corpus.
     key_path.unlink(missing_ok=True)
-    ways = itertools.cycle([basis.encoder.encode, basis.encoder.reverse] if both_ways else [basis.encoder.encode])
+    rng = random.Random(options.seed)  # noqa: S311 - not for secrets
+
+    def forwards(example: Example) -> EncodedExample:
+        encoded = basis.encoder.encode(example)
+        return basis.encoder.beginning(encoded) if rng.random() < options.cut_share else encoded
+
+    ways = itertools.cycle([forwards, basis.encoder.reverse] if both_ways else [forwards])
     encoded: Iterator[EncodedExample] = (way(example) for way, example in zip(ways, examples, strict=False))
     if echo_every:
         encoded = _with_echoes(encoded, examples, basis.encoder, echo_every)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edge_llm.engine.tokenizer import Tokenizer
     from export.packs.examples import Example
 
+_BEGINNING_TOKENS: Final = 6
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
 
 
@@ -86,6 +87,11 @@ class ExampleEncoder:
                 answer.append(self._ids[slot_token(name)])
                 answer += self._tokenizer.encode(written(action.slots[name], call.slots[name]))
         return answer
+
+    def beginning(self, encoded: EncodedExample) -> EncodedExample:
+        """Without the rest of a long text: which one it is shows in its first words, which are the hard part."""
+        after = encoded.token_ids.index(self.say_id, encoded.answer_start) + 1 + _BEGINNING_TOKENS
+        return EncodedExample(encoded.token_ids[:after], encoded.answer_start)
 
     def reverse(self, example: Example) -> EncodedExample:
         """The other way round, for a model that is to find words: what is meant, then the utterance.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from edge_llm.domain.schema import ChoiceSlot, IntegerSlot, NumberSlot, TextSlot
 from export.packs.lines import Call, SlotPart
-from export.packs.noise import Piece, add_noise
+from export.packs.noise import Piece, add_noise, lower_first
 from export.packs.numbers import say_integer, say_number
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 # How often each kind of example is drawn. Outside examples are many because acting on one is the worst mistake.
 _SHARES: Final[Mapping[str, float]] = {
-    "intent": 0.40,
-    "mixed": 0.08,
-    "joined": 0.10,
-    "out_of_range": 0.04,
-    "fact": 0.12,
-    "chat": 0.05,
-    "refusal": 0.21,
+    "intent": 0.30,
+    "mixed": 0.07,
+    "joined": 0.09,
+    "out_of_range": 0.03,
+    "fact": 0.18,
+    "chat": 0.08,
+    "refusal": 0.25,
     "rephrased": 0.8,
 }
 _ONSETS: Final = (*"bcdfghjklmnprstvwz", "br", "ch", "cr", "dr", "fl", "gr", "kr", "pl", "sh", "st", "th", "tr")
@@ -244,7 +244,7 @@ class ExampleMaker:
             pieces.append(Piece(". " if joiner == "" else f"{joiner}{words} "))
             offset = len(calls)
             for index, piece in enumerate(more):
-                text = piece.text if index or piece.slot else _lower_start(piece.text)
+                text = piece.text if index or piece.slot else lower_first(piece.text)
                 pieces.append(Piece(text, piece.slot and (piece.slot[0] + offset, piece.slot[1])))
             if len(_text(pieces)) <= _MAX_JOINED_CHARACTERS:
                 return self._example(self._noisy(pieces), calls + more_calls, f"{first.where} + {second.where}")
@@ -304,8 +304,3 @@ def held_out_examples(pack: Pack, seed: int = 0) -> list[Example]:
 
 def _text(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces).strip()
-
-
-def _lower_start(text: str) -> str:
-    first = text.split(" ", 1)[0]
-    return text if first in ("I", "I'm", "I'd", "I'll", "I've") else text[:1].lower() + text[1:]

@@ -37,7 +37,7 @@ def add_noise(pieces: Sequence[Piece], before: Sequence[str], after: Sequence[st
     noisy = list(pieces)
     is_latin = "".join(piece.text for piece in pieces).isascii()
     if is_latin and before and rng.random() < 0.22:
-        noisy = [Piece(rng.choice(before) + rng.choice([" ", " ", ", "])), *_with_first(noisy, _lower_first)]
+        noisy = [Piece(rng.choice(before) + rng.choice([" ", " ", ", "])), *_with_first(noisy, lower_first)]
     if is_latin and after and rng.random() < 0.12:
         noisy = [*_without_end(noisy), Piece(" " + rng.choice(after))]
     if is_latin:
@@ -92,8 +92,8 @@ def _with_first(pieces: Sequence[Piece], change: Callable[[str], str]) -> list[P
     return [Piece(change(first.text), first.slot), *rest]
 
 
-def _lower_first(text: str) -> str:
-    # "I" and names stay as they are; a command's first word does not.
+def lower_first(text: str) -> str:
+    """A sentence as it goes on after other words: its first word in lower case, unless that is "I" or an acronym."""
     first = text.split(" ", 1)[0]
     return (
         text
