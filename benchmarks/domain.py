@@ -212,7 +212,7 @@ def judge(model: LoadedModel, domain: Domain, utterance: Utterance) -> Judged:
 
 def measure_latency(bundle: Bundle, cache_dir: Path, texts: Sequence[str]) -> dict[str, Any]:
     """First text and whole answer as a client sees them, every cache off."""
-    prepared_graph(bundle, Config().engine.target, cache_dir)
+    prepared_graph(bundle, bundle.manifest.graphs[0].target, cache_dir)
     first_ms, whole_ms = [], []
     step = max(1, len(texts) // _LATENCY_QUERIES)
     with tempfile.TemporaryDirectory() as name, local_broker(Path(name)) as broker:

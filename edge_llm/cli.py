@@ -16,6 +16,7 @@ import msgspec
 from edge_llm import __version__
 from edge_llm.arguments import OneLineParser, non_negative, positive_int, utf8_text
 from edge_llm.config import Config, load_config
+from edge_llm.device.board import detect_board
 from edge_llm.device.profile import device_layer
 from edge_llm.errors import ConfigError, EdgeLlmError
 from edge_llm.logs import configure_logging
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", _doctor, "check machine, providers, bundle, broker; exit 1 if one fails")
     doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--device-configs", action="store_true", help="check every device file, and nothing else")
 
     _command(commands, "prepare", _prepare, "build the device-local copy of a bundle's graph now")
 
@@ -128,6 +130,8 @@ def settings(args: argparse.Namespace) -> Config:
         _assign(flags, assignment)
     # The device's name may itself come from any layer, so it is read first.
     named = args.device or load_config(config_file=args.config, environ=os.environ, flags=flags).device
+    if named == "auto":
+        named = detect_board().device
     flags["device"] = named
     return load_config(device_layer=device_layer(named), config_file=args.config, environ=os.environ, flags=flags)
 
@@ -192,12 +196,12 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from edge_llm.doctor import format_check, run_doctor
+    from edge_llm.doctor import check_device_files, format_check, run_doctor
 
     config = settings(args)
     configure_logging("error", "text")
     checks = []
-    for check in run_doctor(config):
+    for check in check_device_files() if args.device_configs else run_doctor(config):
         checks.append(check)
         if not args.json:
             print(format_check(check), flush=True)
@@ -210,10 +214,12 @@ def _doctor(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     from edge_llm.bundle.prepare import prepared_graph
     from edge_llm.config import cache_dir
+    from edge_llm.device.providers import cpu_graph
 
     config = settings(args)
     configure_logging("info", "text")
-    path = prepared_graph(_bundle_of(config), config.engine.target, cache_dir(config))
+    bundle = _bundle_of(config)
+    path = prepared_graph(bundle, cpu_graph(config.engine, bundle.manifest).target, cache_dir(config))
     print(f"prepared: {path.parent}")
     return 0
 

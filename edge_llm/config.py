@@ -36,6 +36,14 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Frozen, and an unknown key is an error."""
 
 
+# The graphs that each provider runs, the best first (export/graph/).
+_TARGETS: Final[dict[str, tuple[str, ...]]] = {
+    "CPUExecutionProvider": ("cpu-int8", "cpu-fp32"),
+    "CUDAExecutionProvider": ("cuda",),
+    "TensorrtExecutionProvider": ("tensorrt", "tensorrt-primitive"),
+}
+
+
 class TlsConfig(_Strict, frozen=True):
     """TLS towards the broker. The host name is always checked."""
 
@@ -70,12 +78,23 @@ class MqttConfig(_Strict, frozen=True):
 
 
 class EngineConfig(_Strict, frozen=True):
-    """How the model runs. ``threads`` 0 is one per physical core; ``prepare`` False serves the bundle's own graph."""
+    """How the model runs.
+
+    ``providers`` are tried in order, each with those of its ``targets`` that the bundle has; the first that answers
+    right serves. ``target`` names the one graph that is tried instead. ``provider_options`` go to ONNX Runtime as they
+    are. ``threads`` 0 is one per physical core in ``affinity``, which is all of them if it is empty. ``context``
+    bounds prompt and answer below what the bundle allows, and with them the memory of a slot. ``prepare`` False serves
+    the bundle's own graph.
+    """
 
     providers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("CPUExecutionProvider",)
-    target: str = "cpu-int8"
+    targets: dict[str, tuple[str, ...]] = msgspec.field(default_factory=lambda: dict(_TARGETS))
+    target: str | None = None
+    provider_options: dict[str, dict[str, bool | int | str]] = {}
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
+    affinity: tuple[Annotated[int, Meta(ge=0, le=4095)], ...] = ()
     slots: Annotated[int, Meta(ge=1, le=64)] = 4
+    context: Annotated[int, Meta(ge=64)] | None = None
     prefill_chunk: Annotated[int, Meta(ge=4, le=4096)] = 64
     prepare: bool = True
 
@@ -133,7 +152,7 @@ class PrefetchConfig(_Strict, frozen=True):
     loses the weights from its caches just before the query.
 
     ``max_tokens_per_s`` bounds what prefetch computes, on average; a real query waits at most ``max_pause_ms`` for it.
-    On battery it stops if ``on_battery`` is false, and in heat above ``max_temperature_c``.
+    On battery it stops if ``on_battery`` is false, and in heat ([power]).
     """
 
     partials: bool = True
@@ -148,7 +167,23 @@ class PrefetchConfig(_Strict, frozen=True):
     max_tokens_per_s: Annotated[float, Meta(gt=0)] = 100.0
     max_pause_ms: Annotated[float, Meta(ge=5)] = 25.0
     on_battery: bool = True
-    max_temperature_c: float | None = 85.0
+
+
+class PowerConfig(_Strict, frozen=True):
+    """What gives way when the machine is hot. Queries are always answered.
+
+    At ``warm_c`` degrees Celsius, or while the system throttles the processor, nothing is prefetched. At ``hot_c`` one
+    query is answered at a time, and one that names no ``max_tokens`` gets at most ``hot_max_tokens``. A level ends
+    ``hysteresis_c`` below where it began. Sensors are read every ``interval_s`` seconds. ``nvpmodel`` is the power mode
+    that a Jetson should be in; ``edge-llm doctor`` compares.
+    """
+
+    warm_c: float | None = 75.0
+    hot_c: float | None = 85.0
+    hysteresis_c: Annotated[float, Meta(ge=0)] = 5.0
+    hot_max_tokens: Count = 64
+    interval_s: Seconds = 5.0
+    nvpmodel: str | None = None
 
 
 class Config(_Strict, frozen=True):
@@ -168,6 +203,7 @@ class Config(_Strict, frozen=True):
     serving: ServingConfig = msgspec.field(default_factory=ServingConfig)
     cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
     prefetch: PrefetchConfig = msgspec.field(default_factory=PrefetchConfig)
+    power: PowerConfig = msgspec.field(default_factory=PowerConfig)
     feedback: FeedbackConfig = msgspec.field(default_factory=FeedbackConfig)
 
 

@@ -86,6 +86,10 @@ def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: 
     scheduler = Scheduler(
         model.engine, model.tokenizer, model.renderer, generation, config.serving, caches=caches, domain=model.domain
     )
+    caches.power.on_change = gateway.set_power
+    if caches.power.level != "normal":
+        gateway.set_power(caches.power.level)
+    metrics.gauge("temperature_c", lambda: caches.power.temperature_c)
     for name in ("queued", "active", "sessions"):
         metrics.gauge(name, lambda name=name: scheduler.load[name])  # type: ignore[misc]
     # What has been loaded stays: the collector need not look at it again, which would cost milliseconds each time.
@@ -112,7 +116,7 @@ def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: 
 def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
     """The retained info document."""
     manifest = model.bundle.manifest
-    quality = next((entry for entry in manifest.quality if entry.target == config.engine.target), None)
+    quality = next((entry for entry in manifest.quality if entry.target == model.provider.target), None)
     return {
         "bundle": {
             "name": manifest.name,
@@ -121,7 +125,7 @@ def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
             "source": manifest.source,
             "license": manifest.license,
             "architecture": manifest.model.architecture,
-            "target": config.engine.target,
+            "target": model.provider.target,
             "quality": None
             if quality is None
             else {
@@ -131,6 +135,7 @@ def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
             },
         },
         "provider": {"used": model.provider.name, "refused": model.provider.refused, "prepared": model.prepared},
+        "device": config.device,
         "limits": {
             "context": manifest.model.max_seq_len,
             "slots": config.engine.slots,

@@ -108,7 +108,7 @@ def _daemon(config: Config, bundle: Bundle, port: int, folder: Path) -> Iterator
     command = [sys.executable, "-m", "edge_llm.cli", "serve", "--bundle", str(bundle.path.resolve())]
     command += ["--port", str(port), "--host", "127.0.0.1", "--node", NODE, "--log-format", "text"]
     command += ["--device", config.device]
-    for table in ("engine", "serving", "cache", "prefetch"):
+    for table in ("engine", "serving", "cache", "prefetch", "power"):
         given = {key: value for key, value in settings[table].items() if value is not None}
         command += [f"--set={table}.{key}={_toml(value)}" for key, value in given.items()]
     # Answers of an earlier demo would make this one look faster than it is.
@@ -133,6 +133,8 @@ def _daemon(config: Config, bundle: Bundle, port: int, folder: Path) -> Iterator
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     # A JSON string, number, boolean or list of them is TOML too.
     return msgspec.json.encode(value).decode()
 

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import onnxruntime as ort
@@ -16,8 +16,14 @@ from edge_llm import __version__
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.bundle.shipped import shipped_bundle
 from edge_llm.cache_command import recent_finding
+from edge_llm.config import load_config
+from edge_llm.device.board import detect_board
 from edge_llm.device.cpu import has_int8_dot_product, physical_cores
-from edge_llm.device.providers import choose_provider
+from edge_llm.device.energy import find_meter
+from edge_llm.device.memory import available_memory
+from edge_llm.device.power import nvpmodel_mode, read_power
+from edge_llm.device.profile import device_layer, device_names
+from edge_llm.device.session import CPU
 from edge_llm.engine.loading import load_model
 from edge_llm.errors import BundleNotFoundError, EdgeLlmError
 from edge_llm.mqtt.asking import Asker
@@ -27,7 +33,8 @@ if TYPE_CHECKING:
 
     from edge_llm.config import Config
 
-BROKER_TIMEOUT_S = 3.0
+BROKER_TIMEOUT_S: Final = 3.0
+_NAME_WIDTH: Final = 16
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ def run_doctor(config: Config) -> Iterator[Check]:
     """Yield each check as it is done; the slow ones (hashes, loading) come last."""
     yield Check("edge-llm", True, f"{__version__}, Python {platform.python_version()}, numpy {np.__version__}")
     yield Check("machine", True, f"{platform.machine()}, {physical_cores()} physical cores, {_memory()}")
-    yield _guarded("providers", lambda: _providers(config))
+    yield _board(config)
+    yield _power(config)
+    yield _providers(config)
     yield _int8(config)
     yield _guarded("broker", lambda: _broker(config))
     yield _prefix(config)
@@ -56,10 +65,16 @@ def run_doctor(config: Config) -> Iterator[Check]:
     yield _guarded("answer", lambda: _answer(bundle_folder, config))
 
 
+def check_device_files() -> Iterator[Check]:
+    """One line for each device file."""
+    for name in device_names():
+        yield _guarded(name, lambda name=name: _device_file(name))  # type: ignore[misc]
+
+
 def format_check(check: Check) -> str:
     """One line for people."""
     mark = {True: "ok  ", False: "FAIL", None: "note"}[check.ok]
-    return f"{mark}  {check.name:<10} {check.detail}"
+    return f"{mark}  {check.name:<{_NAME_WIDTH}} {check.detail}"
 
 
 def _guarded(name: str, check: Callable[[], str]) -> Check:
@@ -70,27 +85,70 @@ def _guarded(name: str, check: Callable[[], str]) -> Check:
 
 
 def _memory() -> str:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            fields = dict(line.split(":", 1) for line in stream)
-        return f"{int(fields['MemAvailable'].split()[0]) / 1e6:.1f} GB of memory available"
-    except (OSError, KeyError, ValueError):
+    available = available_memory()
+    if available is None:
         return f"memory unknown on {sys.platform}"
+    return f"{available.nbytes / 1e9:.1f} GB of memory left ({available.source})"
 
 
-def _providers(config: Config) -> str:
-    choice = choose_provider(config.engine.providers)
-    refused = "".join(f"; not {name}: {reason}" for name, reason in choice.refused.items())
-    return f"{choice.name} of onnxruntime {ort.__version__}{refused}"
+def _power(config: Config) -> Check:
+    """Heat, supply and power mode."""
+    power = read_power()
+    details = ["no temperature sensor" if power.temperature_c is None else f"{power.temperature_c:.0f} degrees"]
+    if power.on_battery is not None:
+        details.append("on battery" if power.on_battery else "on mains")
+    if power.throttled:
+        details.append("the processor is being slowed down")
+    meter = find_meter()
+    details.append("nothing measures the draw" if meter is None else f"{meter.name} measures the draw")
+    mode, wanted = nvpmodel_mode(), config.power.nvpmodel
+    if mode is not None:
+        details.append(f"power mode {mode}")
+    if wanted is not None and mode is not None and mode != wanted:
+        details.append(f"the device file is meant for {wanted} (sudo nvpmodel -m, or set power.nvpmodel)")
+        return Check("power", None, ", ".join(details))
+    return Check("power", None if power.throttled else True, ", ".join(details))
+
+
+def _device_file(name: str) -> str:
+    config = load_config(device_layer=device_layer(name))
+    cache_mib = config.cache.max_bytes >> 20
+    return f"{', '.join(config.engine.providers)}; slots {config.engine.slots}, prefix cache {cache_mib} MiB"
+
+
+def _board(config: Config) -> Check:
+    """The device file in use, and how it was found."""
+    board = detect_board()
+    chosen = f"device file {config.device}, which was named" if config.device != board.device else board.device
+    named = f"{board.model or 'unnamed'}: {chosen}"
+    return Check("board", None if board.remark else True, f"{named}; {board.remark}" if board.remark else named)
+
+
+def _providers(config: Config) -> Check:
+    """What onnxruntime has of the providers that are wanted; whether one really serves shows in ``answer``."""
+    available = ort.get_available_providers()
+    missing = [name for name in config.engine.providers if name not in available]
+    there = [name for name in config.engine.providers if name in available]
+    detail = f"onnxruntime {ort.__version__} has {', '.join(there) or 'none of those in engine.providers'}"
+    if missing:
+        detail += f", and was built without {', '.join(missing)}"
+    if not there:
+        return Check("providers", False, f"{detail}; it has: {', '.join(available)}")
+    return Check("providers", None if missing else True, detail)
 
 
 def _int8(config: Config) -> Check:
     dot_product = has_int8_dot_product()
     if dot_product is None:
         return Check("int8", None, "the system does not name the processor's features")
-    if dot_product or not config.engine.target.endswith("int8"):
-        return Check("int8", True, "the processor has int8 dot products" if dot_product else "not needed")
-    return Check("int8", None, "no int8 dot products: a cpu-fp32 graph is likely faster here (engine.target)")
+    if dot_product:
+        return Check("int8", True, "the processor has int8 dot products")
+    wanted = (config.engine.target,) if config.engine.target else config.engine.targets.get(CPU, ())
+    if wanted and not wanted[0].endswith("int8"):
+        return Check("int8", True, f"not needed by {wanted[0]}")
+    return Check(
+        "int8", None, "no int8 dot products: a cpu-fp32 graph is likely faster here (python -m export bundle --target)"
+    )
 
 
 def _broker(config: Config) -> str:
@@ -124,4 +182,8 @@ def _bundle(folder: str) -> str:
 def _answer(folder: str, config: Config) -> str:
     model = load_model(Bundle.open(folder), config)
     how = "prepared copy" if model.prepared else "the bundle's own graph"
-    return f"loaded in {model.load_s:.2f} s ({how}), and the first token is the expected one"
+    refused = "".join(f"; not {name}: {reason}" for name, reason in model.provider.refused.items())
+    return (
+        f"{model.provider.target} on {model.provider.name}, loaded in {model.load_s:.2f} s ({how}), and the first "
+        f"token is the expected one{refused}"
+    )

@@ -7,6 +7,8 @@
     │   ├── ManifestError         manifest.json is missing, malformed or of another format version
     │   ├── BundleIntegrityError  a file's size or hash is not the manifest's
     │   └── UnsupportedBundleError  this runtime or machine lacks what the bundle needs
+    │       └── ProviderError     an execution provider cannot run a graph here
+    ├── MemoryPlanError           the machine has less memory than the settings need
     ├── PrefixFileError           a file of keys and values is damaged, or of another model (bundle/prefix_file.py)
     ├── EngineError
     │   ├── ContextOverflowError  more tokens than the context holds
@@ -50,6 +52,14 @@ class BundleIntegrityError(BundleError):
 
 class UnsupportedBundleError(BundleError):
     """This runtime or this machine lacks something that the bundle needs."""
+
+
+class ProviderError(UnsupportedBundleError):
+    """An execution provider cannot run a graph here; another one may."""
+
+
+class MemoryPlanError(EdgeLlmError):
+    """The machine has less memory left than bundle and settings need."""
 
 
 class PrefixFileError(EdgeLlmError):

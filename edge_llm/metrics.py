@@ -25,7 +25,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._counters: dict[str, int] = {}
         self._reservoirs: dict[str, deque[float]] = {}
-        self._gauges: dict[str, Callable[[], float]] = {}
+        self._gauges: dict[str, Callable[[], float | None]] = {}
         self._started_at = time.monotonic()
 
     def count(self, name: str, by: int = 1) -> None:
@@ -46,8 +46,8 @@ class Metrics:
                 reservoir = self._reservoirs[name] = deque(maxlen=RESERVOIR_SIZE)
             reservoir.append(value_ms)
 
-    def gauge(self, name: str, read: Callable[[], float]) -> None:
-        """Have ``read()`` called for every snapshot. It must be quick and thread-safe."""
+    def gauge(self, name: str, read: Callable[[], float | None]) -> None:
+        """Have ``read()`` called for every snapshot, None if it is unknown. It must be quick and thread-safe."""
         with self._lock:
             self._gauges[name] = read
 

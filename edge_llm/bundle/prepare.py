@@ -190,7 +190,7 @@ def _write_copy(source: Path, folder: Path) -> None:
         "session.optimized_model_external_initializers_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES)
     )
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    make_session(source, options, ["CPUExecutionProvider"])
+    make_session(source, options)
     if not (folder / DATA_FILE).exists():
         (folder / DATA_FILE).touch()  # a graph whose every initializer is small
 

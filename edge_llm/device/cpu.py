@@ -6,6 +6,12 @@ import functools
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -14,7 +20,7 @@ CPUINFO = Path("/proc/cpuinfo")
 def physical_cores() -> int:
     """Physical cores that this process may use; hyper-threads add nothing to a memory-bound decode."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = {(block.get("physical id"), block.get("core id")) for block in _cpuinfo_blocks()}
+    cores = {(block.get("physical id"), block.get("core id")) for block in _cpuinfo_blocks(CPUINFO)}
     if not cores or any(core_id is None for _, core_id in cores):
         return allowed  # ARM's cpuinfo names no cores, and its boards have no hyper-threads
     return max(1, min(allowed, len(cores)))
@@ -23,11 +29,31 @@ def physical_cores() -> int:
 @functools.cache
 def cpu_features() -> str:
     """The instruction-set flags, sorted: which kernels ONNX Runtime picks, and so the layout of prepacked weights."""
-    for block in _cpuinfo_blocks():
+    return " ".join([platform.machine(), *sorted(cpu_flags(CPUINFO))])
+
+
+def cpu_flags(cpuinfo: Path) -> frozenset[str]:
+    """The instruction-set flags of the first processor that a ``/proc/cpuinfo`` names any for."""
+    for block in _cpuinfo_blocks(cpuinfo):
         flags = block.get("flags") or block.get("Features")
         if flags:
-            return f"{platform.machine()} {' '.join(sorted(flags.split()))}"
-    return platform.machine()
+            return frozenset(flags.split())
+    return frozenset()
+
+
+def use_cores(cores: Collection[int]) -> None:
+    """Keep this process, and the threads that it starts from now on, to some processors; none leaves it as it is.
+
+    Raises:
+        ConfigError: the system does not let us have one of them.
+    """
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except (OSError, AttributeError) as error:
+        raise ConfigError(f"engine.affinity: cannot use the processors {sorted(cores)}: {error}") from None
+    physical_cores.cache_clear()
 
 
 def has_int8_dot_product() -> bool | None:
@@ -41,9 +67,9 @@ def has_int8_dot_product() -> bool | None:
     return "asimddp" in flags
 
 
-def _cpuinfo_blocks() -> list[dict[str, str]]:
+def _cpuinfo_blocks(cpuinfo: Path) -> list[dict[str, str]]:
     try:
-        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     blocks = []

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge_llm.config import merge, read_toml
+from edge_llm.device.board import DEFAULT_DEVICE
 from edge_llm.errors import ConfigError
 
-DEFAULT_DEVICE: Final = "default"
 # In the wheel the files lie inside the package; in a checkout, beside it.
 _FOLDERS: Final = (
     Path(__file__).parent.parent / "device_configs",
@@ -22,14 +22,14 @@ def device_names() -> list[str]:
 
 
 def device_layer(name: str) -> dict[str, Any]:
-    """Settings of a board, laid over the default's. ``auto`` is the default until a board is recognised.
+    """Settings of a board, laid over the default's.
 
     Raises:
         ConfigError: there is no such board, or its file is malformed.
     """
     folder = _folder()
     layer = read_toml(folder / f"{DEFAULT_DEVICE}.toml")
-    if name in ("auto", DEFAULT_DEVICE):
+    if name == DEFAULT_DEVICE:
         return layer
     if name not in device_names():
         raise ConfigError(f"no device file for {name!r}; there are: {', '.join(device_names())}")

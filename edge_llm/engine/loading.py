@@ -5,24 +5,27 @@ from __future__ import annotations
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+import numpy as np
 import onnxruntime as ort
 
 from edge_llm.bundle.manifest import TOKENIZER_FILE
 from edge_llm.bundle.prepare import prepared_graph
 from edge_llm.config import cache_dir
-from edge_llm.device.memory import trim_memory
-from edge_llm.device.providers import ProviderChoice, choose_provider
+from edge_llm.device.cpu import use_cores
+from edge_llm.device.memory import check_memory, trim_memory
+from edge_llm.device.providers import Candidate, ProviderChoice, candidates, check_placement, none_left
+from edge_llm.device.session import CPU, placement
 from edge_llm.domain.domain import Domain
 from edge_llm.engine.engine import Engine
 from edge_llm.engine.prompt import PromptRenderer
 from edge_llm.engine.runner import Runner
 from edge_llm.engine.sampler import Sampler, SamplingParams
 from edge_llm.engine.tokenizer import Tokenizer
-from edge_llm.errors import BundleError, BundleIntegrityError, ConfigError, UnsupportedBundleError
+from edge_llm.errors import BundleError, ConfigError, ProviderError, UnsupportedBundleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 # Logits of one bundle differ by a few hundredths between processors; garbage differs by whole units.
 _NEAR_TIE: Final = 0.25
+# Interpreter, libraries and buffers: 42 MB with a small bundle, 60 MB with a vocabulary of 50,000 (docs/benchmarks.md).
+_PROGRAM_BYTES: Final = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class LoadedModel:
     """A bundle, ready to answer.
 
     Attributes:
+        provider: what runs it, and which graph.
         prepared: whether the graph is the device-local prepared copy.
         load_s: seconds to load the tokenizer and the graph, without preparing.
         domain: what a domain bundle may say and do; None for a model that just writes.
@@ -66,14 +72,34 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
         on_state: told ``preparing`` and ``loading`` as they begin; preparing can take long on a small board.
 
     Raises:
+        MemoryPlanError: the machine cannot hold it.
         BundleError: a file is missing, damaged, or not for this runtime, or the answer is wrong.
         ConfigError: a system prompt is set, and the bundle's template has no place for one.
     """
     report = on_state or (lambda _state: None)
-    graph = bundle.manifest.graph(config.engine.target)
-    _check_runtime(graph)
-    provider = choose_provider(config.engine.providers)
-    if config.engine.prepare and provider.name == "CPUExecutionProvider":
+    manifest = bundle.manifest
+    use_cores(config.engine.affinity)
+    refused: dict[str, str] = {}
+    for candidate in candidates(config.engine, manifest, cache_dir(config), refused):
+        name = candidate.provider.name
+        try:
+            _check_runtime(candidate.graph)
+            model = _load_candidate(bundle, config, candidate, report)
+        except ProviderError as error:
+            # The first reason is that of the graph which suits the provider best.
+            refused.setdefault(name, str(error))
+            _log.warning("%s does not serve: %s", candidate, error)
+            continue
+        refused.pop(name, None)
+        return replace(model, provider=ProviderChoice(name, candidate.graph.target, refused))
+    raise none_left(refused, manifest)
+
+
+def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report: Callable[[str], None]) -> LoadedModel:
+    """The model on one provider, seen to answer right. Raises ``ProviderError`` if it cannot be."""
+    graph = candidate.graph
+    check_memory(memory_needs(bundle, config, graph))
+    if config.engine.prepare and candidate.provider.name == CPU:
         report("preparing")
         try:
             graph_path = prepared_graph(bundle, graph.target, cache_dir(config))
@@ -82,7 +108,7 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
             _log.warning("no prepared copy, serving the bundle's own graph: %s", error)
         else:
             report("loading")
-            model = _load(bundle, config, provider, graph_path, prepared=True)
+            model = _load(bundle, config, candidate, graph_path, prepared=True)
             if self_test(model):
                 return model
             _log.warning("the prepared copy answers wrongly, serving the bundle's own graph: please report this")
@@ -90,13 +116,26 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
     graph_path = bundle.verified_path(graph.file)
     if graph.data_file is not None:
         bundle.verified_path(graph.data_file)
-    model = _load(bundle, config, provider, graph_path, prepared=False)
+    model = _load(bundle, config, candidate, graph_path, prepared=False)
     if not self_test(model):
-        raise BundleIntegrityError(
-            f"{graph.target} on {provider.name} does not generate the token recorded at export: it would answer "
-            "wrongly here. Try another engine.target or onnxruntime"
+        raise ProviderError(
+            f"{candidate} does not generate the token recorded at export: it would answer wrongly here. Try another "
+            "onnxruntime"
         )
     return model
+
+
+def memory_needs(bundle: Bundle, config: Config, graph: Graph) -> dict[str, int]:
+    """Bytes that a graph will take once every slot and the prefix cache are full, by what they are for."""
+    dims, settings = bundle.manifest.model, config.engine
+    positions = min(dims.max_seq_len, settings.context or dims.max_seq_len)
+    per_token = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * np.dtype(graph.kv_dtype).itemsize
+    return {
+        "weights": bundle.entry(graph.data_file or graph.file).size_bytes,
+        f"{settings.slots} slots of {positions} tokens": settings.slots * positions * per_token,
+        "prefix cache": config.cache.max_bytes if config.cache.prefix else 0,
+        "program": _PROGRAM_BYTES,
+    }
 
 
 def self_test(model: LoadedModel) -> bool:
@@ -114,7 +153,7 @@ def self_test(model: LoadedModel) -> bool:
     return bool(logits.max() - logits[expectation.token_ids[0]] < _NEAR_TIE)
 
 
-def _load(bundle: Bundle, config: Config, provider: ProviderChoice, graph_path: Path, *, prepared: bool) -> LoadedModel:
+def _load(bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path, *, prepared: bool) -> LoadedModel:
     started = time.monotonic()
     manifest = bundle.manifest
     tokenizer = Tokenizer.from_file(bundle.verified_path(TOKENIZER_FILE))
@@ -127,15 +166,18 @@ def _load(bundle: Bundle, config: Config, provider: ProviderChoice, graph_path: 
         manifest.model,
         slots=config.engine.slots,
         threads=config.engine.threads,
-        providers=[provider.name],
-        kv_dtype=manifest.graph(config.engine.target).kv_dtype,
+        provider=candidate.provider,
+        kv_dtype=candidate.graph.kv_dtype,
+        context=config.engine.context,
     )
+    check_placement(placement(runner.session), candidate.provider.name)
     domain = Domain.from_bundle(bundle, tokenizer)
     make_sampler = Sampler if domain is None else domain.sampler
     engine = Engine(runner, manifest.prompt.stop_token_ids, config.engine.prefill_chunk, make_sampler)
     renderer = PromptRenderer(_template(manifest.prompt, config), tokenizer)
     trim_memory()
-    return LoadedModel(bundle, engine, tokenizer, renderer, provider, prepared, time.monotonic() - started, domain)
+    choice = ProviderChoice(candidate.provider.name, candidate.graph.target)
+    return LoadedModel(bundle, engine, tokenizer, renderer, choice, prepared, time.monotonic() - started, domain)
 
 
 def _template(template: PromptTemplate, config: Config) -> PromptTemplate:
@@ -150,7 +192,7 @@ def _template(template: PromptTemplate, config: Config) -> PromptTemplate:
 
 def _check_runtime(graph: Graph) -> None:
     if _version(ort.__version__) < _version(graph.min_onnxruntime):
-        raise UnsupportedBundleError(
+        raise ProviderError(
             f"the {graph.target} graph needs onnxruntime {graph.min_onnxruntime} or newer, this is {ort.__version__}: "
             "upgrade onnxruntime"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from edge_llm.bundle import graph_io
-from edge_llm.device.session import make_session, session_options
+from edge_llm.device.session import CPU_PROVIDER, Provider, make_session, session_options
 from edge_llm.engine.kv_cache import KVCache
 from edge_llm.errors import ContextOverflowError
 
@@ -31,11 +31,12 @@ class Runner:
         dims: the model's shape.
         slots: rows of the KV cache.
         threads: threads within an operator; 0 is one per physical core.
-        providers: ONNX Runtime execution providers, in order.
+        provider: what runs it.
         kv_dtype: the cache's element type.
+        context: positions of a row that are used, if fewer than it has.
 
     Raises:
-        UnsupportedBundleError: ONNX Runtime cannot load the graph.
+        ProviderError: ONNX Runtime cannot load the graph.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Runner:
         *,
         slots: int = 1,
         threads: int = 0,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        provider: Provider = CPU_PROVIDER,
         kv_dtype: str = "float32",
+        context: int | None = None,
     ) -> None:
         self.dims = dims
-        self.session = make_session(graph_path, session_options(threads), providers)
+        self.max_seq_len = min(dims.max_seq_len, context or dims.max_seq_len)
+        self.session = make_session(graph_path, session_options(threads), provider)
         self.cache = KVCache(dims, slots, kv_dtype)
         self._takes_positions = graph_io.POSITION_IDS in {node.name for node in self.session.get_inputs()}
         # One row per slot; a step over fewer rows binds the head of each buffer.
@@ -62,11 +65,6 @@ class Runner:
         self._next_ids = np.zeros((slots, 1), np.int64)  # (batch, n)
         self._decode_bindings: dict[tuple[int, int], Any] = {}
         self._prefill_bindings: dict[int, Any] = {}
-
-    @property
-    def max_seq_len(self) -> int:
-        """Positions in a slot."""
-        return self.dims.max_seq_len
 
     def decode(self, first_slot: int, token_ids: Sequence[int], past_lens: Sequence[int]) -> NDArray[np.int64]:
         """Append one token to each of neighbouring slots, in one run.

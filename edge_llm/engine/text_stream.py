@@ -39,8 +39,12 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take new tokens; returns the text that is now certain, which may be empty."""
-        self._token_ids += token_ids
-        return self._release(self._decode_new())
+        released = ""
+        # One by one: several at once might step over every character's edge, and the window would never move on.
+        for token_id in token_ids:
+            self._token_ids.append(token_id)
+            released += self._release(self._decode_new())
+        return released
 
     def finish(self) -> str:
         """The answer has ended: returns what was held back, without an incomplete last character."""

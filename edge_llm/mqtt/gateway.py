@@ -39,6 +39,7 @@ from edge_llm.serving.request import Final as FinalAnswer
 if TYPE_CHECKING:
     from edge_llm.bundle.manifest import GenerationDefaults
     from edge_llm.config import Config
+    from edge_llm.device.power import PowerLevel
     from edge_llm.metrics import Metrics
     from edge_llm.mqtt.dedupe import Key
     from edge_llm.mqtt.feedback import FeedbackRecorder
@@ -77,6 +78,8 @@ class Gateway:
         # Guards the state, what is held until it is online, and the order of retained publications.
         self._lock = threading.Lock()
         self._state: State = "loading"
+        self._detail: dict[str, Any] = {}
+        self._power: PowerLevel = "normal"
         self._status = encode_status(self._node, "loading", {})
         self._info: bytes | None = None
         self._held: dict[Key, Admitted] = {}
@@ -130,14 +133,19 @@ class Gateway:
             raise RuntimeError("bind a scheduler before going online")
         with self._lock:
             self._state = state
-            self._status = encode_status(self._node, state, detail)
-            if self.link.connected:
-                self._publish_retained(self.topics.status, self._status)
+            self._detail = detail
+            self._publish_status()
             if state == "online":
                 # Under the lock: a cancel finds each of them either here or with the scheduler.
                 for admitted in self._held.values():
                     self._submit(admitted)
                 self._held.clear()
+
+    def set_power(self, level: PowerLevel) -> None:
+        """Add the level of heat to the retained status, from now on."""
+        with self._lock:
+            self._power = level
+            self._publish_status()
 
     def publish_info(self, info: dict[str, Any]) -> None:
         """Publish what this node serves, retained, now and on every connection."""
@@ -154,6 +162,13 @@ class Gateway:
         self.set_state("offline")
         self._stopped.set()
         self.link.close(timeout_s)
+
+    def _publish_status(self) -> None:
+        """With the lock held."""
+        detail = self._detail if self._power == "normal" else {**self._detail, "power": self._power}
+        self._status = encode_status(self._node, self._state, detail)
+        if self.link.connected:
+            self._publish_retained(self.topics.status, self._status)
 
     # -- from the link's thread ---------------------------------------------------------------------------------------
 

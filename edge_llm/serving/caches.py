@@ -18,9 +18,10 @@ from edge_llm.cache.response_cache import ResponseCache
 from edge_llm.cache.reuse import PrefixReuse
 from edge_llm.cache.state_db import StateDb, state_path
 from edge_llm.cache.store import SNAPSHOT_FOLDER, SnapshotStore
-from edge_llm.config import PrefetchConfig, cache_dir, state_dir
+from edge_llm.config import PowerConfig, PrefetchConfig, cache_dir, state_dir
 from edge_llm.device.cpu import cpu_features
-from edge_llm.device.power import PowerGate
+from edge_llm.device.energy import AnswerEnergy, find_meter
+from edge_llm.device.power import PowerMonitor
 from edge_llm.engine.engine import MIN_CHUNK
 from edge_llm.errors import EdgeLlmError
 from edge_llm.metrics import Metrics
@@ -48,7 +49,8 @@ class Caches:
     popularity: Popularity | None = None
     lint: PrefixLint | None = None
     snapshots: SnapshotStore | None = None
-    power: PowerGate | None = None
+    power: PowerMonitor = field(default_factory=lambda: PowerMonitor(PowerConfig(warm_c=None, hot_c=None)))
+    energy: AnswerEnergy | None = None
     db: StateDb | None = None
     feedback: FeedbackLog | None = None
 
@@ -78,12 +80,15 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     caches = Caches(
         PrefixReuse(engine, tree if settings.prefix else None, heads, metrics, enabled=settings.prefix),
         config.prefetch,
-        power=PowerGate(config.prefetch.on_battery, config.prefetch.max_temperature_c),
+        power=PowerMonitor(config.power, config.prefetch.on_battery),
     )
+    meter = find_meter()
+    if meter is not None:
+        caches.energy = AnswerEnergy(meter, metrics)
     caches.db = StateDb.open(state_path(state_dir(config)))
     if config.feedback.enabled:
         caches.feedback = FeedbackLog(caches.db, config.feedback.max_entries)
-    scope = _scope(model, config)
+    scope = _scope(model)
     if settings.responses:
         responses = ResponseCache(
             caches.db,
@@ -101,10 +106,10 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
         metrics.gauge("prefix_cache_bytes", lambda: tree.nbytes)
         metrics.gauge("prefix_cache_entries", lambda: tree.entries)
         metrics.gauge("prefix_cache_evicted", lambda: tree.evicted)
-        _load_shipped(model, config, caches)
+        _load_shipped(model, caches)
         if settings.snapshots:
             manifest = model.bundle.manifest
-            kv_dtype = manifest.graph(config.engine.target).kv_dtype
+            kv_dtype = manifest.graph(model.provider.target).kv_dtype
             key = snapshot_key(scope, kv_dtype, ort.__version__, cpu_features())
             caches.snapshots = SnapshotStore(
                 folder / SNAPSHOT_FOLDER, key, manifest.model, kv_dtype, settings.max_bytes
@@ -114,11 +119,11 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     return caches
 
 
-def _scope(model: LoadedModel, config: Config) -> str:
+def _scope(model: LoadedModel) -> str:
     """Names everything that a prompt's KV depends on, beside its tokens and what computes it."""
     template = model.renderer.template
     template_json = msgspec.json.encode(template).decode()
-    return snapshot_key(model.bundle.digest, config.engine.target, template_json, str(model.engine.max_seq_len))
+    return snapshot_key(model.bundle.digest, model.provider.target, template_json, str(model.engine.max_seq_len))
 
 
 def _shared_prefixes(model: LoadedModel, config: Config) -> list[list[int]]:
@@ -131,10 +136,10 @@ def _shared_prefixes(model: LoadedModel, config: Config) -> list[list[int]]:
     return [head for head in heads if MIN_CHUNK <= len(head) < model.engine.max_seq_len]
 
 
-def _load_shipped(model: LoadedModel, config: Config, caches: Caches) -> None:
+def _load_shipped(model: LoadedModel, caches: Caches) -> None:
     """The prefix that the bundle brings, if it is the one that is used here."""
     manifest = model.bundle.manifest
-    graph = manifest.graph(config.engine.target)
+    graph = manifest.graph(model.provider.target)
     if graph.prefix_file is None:
         return
     try:

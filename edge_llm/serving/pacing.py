@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_llm.config import PrefetchConfig
-    from edge_llm.device.power import PowerGate
+    from edge_llm.device.power import PowerMonitor
 
 _SMALLEST_CHUNK: Final = 4
 _FIRST_CHUNK: Final = 16
@@ -81,16 +81,14 @@ class Pace:
     Args:
         largest: of a chunk, in tokens.
         config: the bounds.
-        power: forbids it on battery or in heat; None never does.
+        power: forbids it on battery or in heat.
         clock: in seconds.
 
     Attributes:
         computed_at: when something was computed last.
     """
 
-    def __init__(
-        self, largest: int, config: PrefetchConfig, power: PowerGate | None, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, largest: int, config: PrefetchConfig, power: PowerMonitor, clock: Callable[[], float]) -> None:
         self._pacer = ChunkPacer(largest, config.max_pause_ms)
         self._budget = TokenBudget(config.max_tokens_per_s, clock)
         self._power = power
@@ -105,7 +103,7 @@ class Pace:
 
     def blocked_s(self) -> float:
         """Seconds until something may be computed; 0 or less is now."""
-        if self._power is not None and not self._power.allows():
+        if not self._power.allows_prefetch():
             return _POWER_RETRY_S
         return max(self._budget.ready_in_s(), self._suspended_until - self._clock())
 

@@ -241,6 +241,7 @@ class Scheduler:
             return False
 
     def _step(self) -> None:
+        self._caches.power.refresh()
         self._end_unwanted()
         self._admit()
         self._prefill()
@@ -296,6 +297,8 @@ class Scheduler:
             (active.request.user, active.request.session) == (request.user, request.session) for active in self._active
         ):
             return False
+        if len(self._active) >= self._caches.power.max_active(self._engine.slots.count):
+            return False
         available = self._engine.free_slots + self._prefetch.held_slots
         # Background work leaves the last slot to whoever speaks next.
         needed = 1 if request.priority == "interactive" or self._engine.slots.count == 1 else 2
@@ -303,6 +306,8 @@ class Scheduler:
 
     def _begin(self, active: ActiveRequest) -> None:
         request = active.request
+        if self._caches.energy is not None and len(self._active) == 1:
+            self._caches.energy.begin()
         if any(message.role == "system" for message in request.messages) and not self._renderer.supports_system:
             raise RequestError(400, "this model's template has no system message: put its text into the user message")
         self._sessions.expire(active.started_at)
@@ -317,7 +322,9 @@ class Scheduler:
         # An explicit max_tokens is kept or refused; the default gives way to a long prompt.
         room = context - (request.max_tokens or 1)
         prompt_ids = self._sessions.prompt(request.user, request.session, request.messages, room, active.started_at)
-        max_tokens = request.max_tokens or min(self._default_max_tokens, context - len(prompt_ids))
+        max_tokens = request.max_tokens or min(
+            self._caches.power.max_tokens(self._default_max_tokens), context - len(prompt_ids)
+        )
         active.started = self._prefetch.release_guess(request, room, max_tokens)
         if active.started is None:
             if not self._engine.free_slots:
@@ -400,6 +407,8 @@ class Scheduler:
             self._sessions.add_turn(request.user, request.session, request.messages[-1], answer, time.monotonic())
         self._drop(active, keep=request.cache == "use")
         deliver(request, final)
+        if self._caches.energy is not None:
+            self._caches.energy.end(time.monotonic() - active.started_at, beside=len(self._active))
         if final.text:
             with _only_logged("a query could not be learnt from"):
                 self._prefetch.query_ended(request)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 LOAD = """
 from pathlib import Path
 from edge_llm.device.session import make_session, session_options
-make_session(Path({graph!r}), session_options(1), ["CPUExecutionProvider"])
+make_session(Path({graph!r}), session_options(1))
 """
 
 

@@ -8,9 +8,11 @@ import pytest
 
 from edge_llm.bundle.manifest import Bundle, decode_manifest, encode_manifest
 from edge_llm.config import Config, EngineConfig
-from edge_llm.engine import loading
+from edge_llm.device import memory
+from edge_llm.device.memory import available_memory
+from edge_llm.engine import loading, runner
 from edge_llm.engine.loading import load_model
-from edge_llm.errors import BundleIntegrityError, ManifestError, UnsupportedBundleError
+from edge_llm.errors import ConfigError, ContextOverflowError, ManifestError, MemoryPlanError, UnsupportedBundleError
 
 TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
 
@@ -53,7 +55,7 @@ def test_a_bundle_that_answers_wrongly_is_refused(config, tmp_path):
     manifest = Bundle.open(TINY).manifest
     wrong = msgspec.structs.replace(manifest.expectation, token_ids=(7,))
     assert manifest.expectation.token_ids[0] != 7
-    with pytest.raises(BundleIntegrityError, match="would answer wrongly here"):
+    with pytest.raises(UnsupportedBundleError, match="would answer wrongly here"):
         load_model(rewritten(tmp_path, expectation=wrong), config)
 
 
@@ -78,5 +80,29 @@ def test_a_provider_that_is_not_there_is_noted_and_the_next_one_used(config):
 
 def test_no_provider_at_all_names_what_there_is(config):
     only = msgspec.structs.replace(config, engine=EngineConfig(providers=("NoSuchExecutionProvider",)))
-    with pytest.raises(UnsupportedBundleError, match=r"which has: .*CPUExecutionProvider"):
+    with pytest.raises(UnsupportedBundleError, match=r"has: .*CPUExecutionProvider"):
         load_model(Bundle.open(TINY), only)
+
+
+def test_a_machine_without_room_refuses_before_it_loads(config, tmp_path, monkeypatch):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 150000 kB\n")
+    monkeypatch.setattr(memory, "available_memory", lambda _root: real_available(tmp_path))
+    real_available = available_memory
+    monkeypatch.setattr(runner, "make_session", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(MemoryPlanError, match=r"prefix cache 134 \+ program 64\), and 154 MB are left"):
+        load_model(Bundle.open(TINY), config)
+
+
+def test_the_context_can_be_bounded_below_the_bundles(config):
+    limited = msgspec.structs.replace(config.engine, context=64)
+    model = load_model(Bundle.open(TINY), msgspec.structs.replace(config, engine=limited))
+    assert model.engine.max_seq_len == 64 <= model.bundle.manifest.model.max_seq_len
+    with pytest.raises(ContextOverflowError, match="the context of 64"):
+        model.engine.check_fits([1] * 60, 6)
+
+
+def test_processors_that_are_not_there_are_refused(config):
+    pinned = msgspec.structs.replace(config.engine, affinity=(4000,))
+    with pytest.raises(ConfigError, match=r"engine\.affinity: cannot use the processors \[4000\]"):
+        load_model(Bundle.open(TINY), msgspec.structs.replace(config, engine=pinned))

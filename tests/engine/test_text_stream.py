@@ -24,6 +24,12 @@ def test_pieces_join_to_the_text_and_hold_whole_characters(text, step):
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+def test_pieces_that_never_end_at_an_edge_lose_nothing():
+    text = "0" + "\U00010000" * 40
+    pieces, _ = stream(text, step=2)
+    assert "".join(pieces) == text
+
+
 def test_a_character_of_many_tokens_comes_in_one_piece():
     pieces, _ = stream("a你🙂")
     assert [piece for piece in pieces if piece] == ["a", "你", "🙂"]

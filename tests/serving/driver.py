@@ -109,8 +109,7 @@ class Driver:
             Popularity(db) if config.popularity else None,
             PrefixLint(db),
             snapshots,
-            None,
-            db,
+            db=db,
         )
 
     def submit(self, text: str, user: str = "ann", name: str | None = None, **fields) -> Asked:

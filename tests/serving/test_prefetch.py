@@ -455,7 +455,7 @@ def test_nothing_polls_when_it_may_not_or_cannot_work(make_driver):
     driver.caches.reuse.tree = tree
 
     class Hot:
-        def allows(self):
+        def allows_prefetch(self):
             return False
 
     driver = make_driver(settle_ms=1.0)
@@ -574,7 +574,7 @@ def test_a_fault_in_prefetch_costs_only_what_was_warm(make_driver):
 
 def test_heat_and_battery_stop_it(make_driver):
     class Hot:
-        def allows(self):
+        def allows_prefetch(self):
             return False
 
     driver = make_driver()

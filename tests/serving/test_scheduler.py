@@ -4,12 +4,15 @@ import queue
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from edge_llm.bundle.manifest import GenerationDefaults
-from edge_llm.config import ServingConfig
+from edge_llm.config import PowerConfig, ServingConfig
+from edge_llm.device.power import PowerMonitor
 from edge_llm.engine.sampler import SamplingParams
+from edge_llm.serving.caches import no_caches
 from edge_llm.serving.request import Delta, Failed, Final, Message, Request
 from edge_llm.serving.scheduler import Scheduler
 from tests.fakes import FakeRunner, byte_tokenizer, fake_engine, renderer
@@ -379,3 +382,21 @@ def test_sampling_with_a_seed_repeats(make_scheduler):
     second = ask(scheduler, name="2", sampling=params).wait()
     assert isinstance(first, Final)
     assert first.text == second.text
+
+
+def test_in_the_heat_one_query_at_a_time_gets_a_shorter_answer(tmp_path):
+    zone = tmp_path / "sys/class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "temp").write_text("90000")
+    power = PowerMonitor(PowerConfig(hot_max_tokens=3), root=tmp_path)
+    engine = fake_engine(FakeRunner(slots=4))
+    caches = replace(no_caches(engine), power=power)
+    scheduler = Scheduler(engine, TOKENIZER, RENDERER, GenerationDefaults(20), ServingConfig(), caches=caches)
+    inboxes = [ask(scheduler, name=f"q{number}") for number in range(3)]
+    long = ask(scheduler, name="long", max_tokens=9)
+    active = []
+    while not all(inbox.done.is_set() for inbox in (*inboxes, long)):
+        scheduler._step()
+        active.append(scheduler.load["active"])
+    assert max(active) == 1
+    assert [inbox.wait().usage.completion_tokens for inbox in (*inboxes, long)] == [3, 3, 3, 9]
