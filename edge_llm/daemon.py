@@ -23,6 +23,7 @@ from edge_llm.metrics import Metrics
 from edge_llm.mqtt.feedback import FeedbackRecorder
 from edge_llm.mqtt.gateway import Gateway
 from edge_llm.serving.caches import Caches, open_caches
+from edge_llm.serving.failover import Failover
 from edge_llm.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: 
     scheduler = Scheduler(
         model.engine, model.tokenizer, model.renderer, generation, config.serving, caches=caches, domain=model.domain
     )
+    scheduler.failover = Failover(model, caches, lambda found: gateway.publish_info(_info(found, config)))
     caches.power.on_change = gateway.set_power
     if caches.power.level != "normal":
         gateway.set_power(caches.power.level)

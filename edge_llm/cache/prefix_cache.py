@@ -187,8 +187,9 @@ class PrefixCache:
             if node.evictable and (user is None or node.user == user):
                 self._remove(node)
 
-    def reset(self) -> None:
-        """Forget everything, whatever holds it: after a failed ``check_integrity``."""
+    def reset(self, token_nbytes: int | None = None) -> None:
+        """Forget everything, whatever holds it: after a failed ``check_integrity``, or when another engine goes on."""
+        self._token_nbytes = token_nbytes or self._token_nbytes
         self._root.children.clear()
         self.nbytes = self.entries = 0
 

@@ -262,11 +262,15 @@ class PrefixReuse:
         if self.tree is not None:
             self.tree.clear()
 
-    def forget(self) -> None:
-        """Drop everything: what the slots hold, and the prefix cache with its pinned prefixes."""
+    def forget(self, token_nbytes: int | None = None) -> None:
+        """Drop everything: what the slots hold, and the prefix cache with its pinned prefixes.
+
+        Args:
+            token_nbytes: KV bytes of a token from now on, if another runner goes on.
+        """
         self._slots.forget_all()
         if self.tree is not None:
-            self.tree.reset()
+            self.tree.reset(token_nbytes)
 
     def _shared_len(self, user: str | None, token_ids: Sequence[int]) -> int:
         """How many leading tokens of a prompt are no user's words; all of them if there is no user."""

@@ -178,6 +178,12 @@ class Engine:
                     # The others of the batch must not suffer for one's sampling.
                     state.fault = fault
 
+    def replace_runner(self, runner: Runner) -> None:
+        """Go on with another runner of the same model and as many slots; no sequence may be running."""
+        assert self.slots.free_count == self.slots.count == runner.cache.slots
+        self.slots.forget_all()
+        self.runner = runner
+
     def release(self, state: GenerationState, content: SlotContent | None = None) -> None:
         """Give the sequence's slot back, with what it holds for whoever comes next."""
         self.slots.release(state.slot, content)

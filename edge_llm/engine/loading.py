@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -28,7 +29,7 @@ from edge_llm.engine.tokenizer import Tokenizer
 from edge_llm.errors import BundleError, ConfigError, ProviderError, UnsupportedBundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from edge_llm.bundle.manifest import Bundle, Graph, PromptTemplate
@@ -51,6 +52,7 @@ class LoadedModel:
         prepared: whether the graph is the device-local prepared copy.
         load_s: seconds to load the tokenizer and the graph, without preparing.
         domain: what a domain bundle may say and do; None for a model that just writes.
+        fall_back: loads the model on the next provider that serves, for when this one fails; None on the last one.
     """
 
     bundle: Bundle
@@ -61,6 +63,7 @@ class LoadedModel:
     prepared: bool
     load_s: float
     domain: Domain | None = None
+    fall_back: Callable[[], LoadedModel] | None = None
 
 
 def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] | None = None) -> LoadedModel:
@@ -76,11 +79,21 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
         BundleError: a file is missing, damaged, or not for this runtime, or the answer is wrong.
         ConfigError: a system prompt is set, and the bundle's template has no place for one.
     """
-    report = on_state or (lambda _state: None)
-    manifest = bundle.manifest
     use_cores(config.engine.affinity)
     refused: dict[str, str] = {}
-    for candidate in candidates(config.engine, manifest, cache_dir(config), refused):
+    remaining = candidates(config.engine, bundle.manifest, cache_dir(config), refused)
+    return _load_first(bundle, config, remaining, refused, on_state or (lambda _state: None))
+
+
+def _load_first(
+    bundle: Bundle,
+    config: Config,
+    remaining: Iterator[Candidate],
+    refused: dict[str, str],
+    report: Callable[[str], None],
+) -> LoadedModel:
+    """The model on the first of ``remaining`` that serves; those before it are entered in ``refused``."""
+    for candidate in remaining:
         name = candidate.provider.name
         try:
             _check_runtime(candidate.graph)
@@ -91,8 +104,13 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
             _log.warning("%s does not serve: %s", candidate, error)
             continue
         refused.pop(name, None)
-        return replace(model, provider=ProviderChoice(name, candidate.graph.target, refused))
-    raise none_left(refused, manifest)
+        choice = ProviderChoice(name, candidate.graph.target, dict(refused))
+        if name == config.engine.providers[-1]:
+            return replace(model, provider=choice)
+        failed = {**refused, name: "it failed while it was serving"}
+        fall_back = functools.partial(_load_first, bundle, config, remaining, failed, lambda _state: None)
+        return replace(model, provider=choice, fall_back=fall_back)
+    raise none_left(refused, bundle.manifest)
 
 
 def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report: Callable[[str], None]) -> LoadedModel:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from edge_llm.engine.prompt import PromptRenderer
     from edge_llm.engine.tokenizer import Tokenizer
     from edge_llm.serving.active import AnswerText
+    from edge_llm.serving.failover import Failover
     from edge_llm.serving.request import FinishReason, Request
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ class Scheduler:
         config: the bounds.
         caches: what is remembered of earlier work; None is nothing.
         domain: of a domain bundle, whose answers hold actions; None for a model that just writes.
+
+    Attributes:
+        failover: goes on with another provider when this one fails; None never does. Set it before ``start``.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Scheduler:
         self._engine = engine
         self._tokenizer = tokenizer
         self._domain = domain
+        self.failover: Failover | None = None
         self._renderer = renderer
         self._default_max_tokens = min(defaults.max_tokens, config.max_tokens)
         self._sessions = SessionStore(
@@ -277,13 +282,23 @@ class Scheduler:
                 # Booked at once, so that a cancel which comes now finds it.
                 active = ActiveRequest(request, time.monotonic(), self._answer_text)
                 self._active.append(active)
-            try:
-                self._begin(active)
-            except RequestError as error:
-                self._drop(active)
-                refuse(request, error)
-            except Exception as fault:
-                self._fail(active, fault)
+            self._try_to_begin(active)
+
+    def _book(self, request: Request) -> None:
+        """Begin again with a request that had a slot."""
+        active = ActiveRequest(request, time.monotonic(), self._answer_text)
+        with self._changed:
+            self._active.append(active)
+        self._try_to_begin(active)
+
+    def _try_to_begin(self, active: ActiveRequest) -> None:
+        try:
+            self._begin(active)
+        except RequestError as error:
+            self._drop(active)
+            refuse(active.request, error)
+        except Exception as fault:
+            self._fail(active, fault)
 
     def _answer_text(self, active: ActiveRequest) -> AnswerText:
         stop = (*self._renderer.template.stop_strings, *active.request.stop)
@@ -346,7 +361,8 @@ class Scheduler:
         try:
             self._engine.prefill(active.state)
         except Exception as fault:
-            self._fail(active, fault)
+            if not self._go_on_elsewhere(fault):
+                self._fail(active, fault)
             return
         if active.prefilled:
             active.first_token_at = time.monotonic()
@@ -360,11 +376,34 @@ class Scheduler:
         try:
             self._engine.decode([active.state for active in batch if active.state is not None])
         except Exception as fault:
-            for active in batch:
-                self._fail(active, fault)
+            if not self._go_on_elsewhere(fault):
+                for active in batch:
+                    self._fail(active, fault)
             return
         for active in batch:
             self._advance(active)
+
+    def _go_on_elsewhere(self, fault: Exception) -> bool:
+        """Let another provider go on, if there is one. Answers that have begun end with 503, the others start again."""
+        if self.failover is None or not self.failover.is_possible():
+            return False
+        interrupted = list(self._active)
+        self._prefetch.close()
+        for active in interrupted:
+            self._drop(active, keep=False)
+        if not self.failover.go_on(fault):
+            self.failover = None
+            for active in interrupted:
+                refuse(active.request, _internal())
+            return True
+        self._prefetch.recover()
+        for active in interrupted:
+            if active.has_text:
+                message = "the device's accelerator failed in the middle of the answer: ask again"
+                refuse(active.request, RequestError(503, message, retry_after_ms=0))
+            else:
+                self._book(active.request)
+        return True
 
     def _advance(self, active: ActiveRequest) -> None:
         """Deliver what is new, and end the request if its answer is complete."""
@@ -417,10 +456,10 @@ class Scheduler:
         extra = {"user": active.request.user, "id": active.request.id}
         _log.error("a fault in the engine", exc_info=fault, extra=extra)
         self._drop(active, keep=False)
-        refuse(active.request, RequestError(500, "a fault in the daemon; it is in the device's log"))
+        refuse(active.request, _internal())
 
     def _fail_all(self) -> None:
-        error = RequestError(500, "a fault in the daemon; it is in the device's log")
+        error = _internal()
         with self._changed:
             waiting = self._queue.remove_where(lambda _request: True)
         for active in list(self._active):
@@ -453,6 +492,10 @@ def _alone(request: Request) -> Request:
     if any(message.role == "system" for message in request.messages):
         return request  # to be refused, not to be answered as if it had not been said
     return replace(request, session=None, messages=request.messages[-1:])
+
+
+def _internal() -> RequestError:
+    return RequestError(500, "a fault in the daemon; it is in the device's log")
 
 
 def _expired(request: Request, now: float) -> bool:

@@ -131,3 +131,11 @@ def test_when_all_are_refused_every_reason_is_given(gpu, config):
         load_model(Bundle.open(TINY), msgspec.structs.replace(config, engine=only))
     assert "CUDAExecutionProvider: no CUDA driver" in str(raised.value)
     assert "ROCMExecutionProvider: onnxruntime" in str(raised.value)
+
+
+def test_what_serves_can_be_left_for_the_next_one(gpu, config):
+    model = load_model(Bundle.open(TINY), config)
+    assert model.fall_back is not None
+    next_one = model.fall_back()
+    assert (next_one.provider.name, next_one.provider.refused) == (CPU, {GPU: "it failed while it was serving"})
+    assert next_one.fall_back is None
