@@ -1,4 +1,4 @@
-"""The ``edge-llm`` command: serve · ask · demo · bench · doctor · prepare · cache · feedback.
+"""The ``edge-llm`` command: serve · ask · demo · bench · tune · doctor · prepare · cache · feedback.
 
 Exit status: 0 done, 1 a check or an answer failed, 2 bad input or configuration.
 """
@@ -15,9 +15,9 @@ import msgspec
 
 from edge_llm import __version__
 from edge_llm.arguments import OneLineParser, non_negative, positive_int, utf8_text
-from edge_llm.config import Config, load_config
+from edge_llm.config import Config, cache_dir, load_config, merge
 from edge_llm.device.board import detect_board
-from edge_llm.device.profile import device_layer
+from edge_llm.device.profile import device_layer, tuned_layer
 from edge_llm.errors import ConfigError, EdgeLlmError
 from edge_llm.logs import configure_logging
 
@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true")
     doctor.add_argument("--device-configs", action="store_true", help="check every device file, and nothing else")
 
+    _command(commands, "tune", _tune, "measure threads, chunk and slots here, and use the best from now on")
+
     _command(commands, "prepare", _prepare, "build the device-local copy of a bundle's graph now")
 
     about_cache = "show or remove what is kept of earlier queries"
@@ -129,11 +131,13 @@ def settings(args: argparse.Namespace) -> Config:
     for assignment in args.set:
         _assign(flags, assignment)
     # The device's name may itself come from any layer, so it is read first.
-    named = args.device or load_config(config_file=args.config, environ=os.environ, flags=flags).device
+    first = load_config(config_file=args.config, environ=os.environ, flags=flags)
+    named = args.device or first.device
     if named == "auto":
         named = detect_board().device
     flags["device"] = named
-    return load_config(device_layer=device_layer(named), config_file=args.config, environ=os.environ, flags=flags)
+    layer = merge(device_layer(named), tuned_layer(cache_dir(first), named))
+    return load_config(device_layer=layer, config_file=args.config, environ=os.environ, flags=flags)
 
 
 def _assign(flags: dict[str, Any], assignment: str) -> None:
@@ -211,9 +215,26 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    import onnxruntime
+
+    from edge_llm.device.profile import write_tuned
+    from edge_llm.tune import tune
+
+    config = settings(args)
+    configure_logging("error", "text")
+    bundle = _bundle_of(config)
+    tuned = tune(bundle, config, lambda line: print(f"  {line}", flush=True))
+    name = f"{bundle.manifest.name} {bundle.manifest.version}"
+    remark = f"edge-llm tune: measured with {name} on onnxruntime {onnxruntime.__version__}; delete it to undo"
+    path = write_tuned(cache_dir(config), config.device, tuned.settings(), remark)
+    chosen = ", ".join(f"{key} = {value}" for key, value in tuned.settings().items())
+    print(f"best here: {chosen}\nwritten to {path}, which is used from now on; a config file still overrides it")
+    return 0
+
+
 def _prepare(args: argparse.Namespace) -> int:
     from edge_llm.bundle.prepare import prepared_graph
-    from edge_llm.config import cache_dir
     from edge_llm.device.providers import cpu_graph
 
     config = settings(args)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Lower packages know nothing of the ones above them.
 LAYERS = [
     {"cli", "__main__"},
-    {"daemon", "demo", "ask", "doctor", "bench", "cache_command", "feedback_command"},
+    {"daemon", "demo", "ask", "doctor", "bench", "tune", "cache_command", "feedback_command"},
     {"local_broker"},
     {"mqtt", "serving"},
     {"cache", "engine", "domain"},
