@@ -1,4 +1,4 @@
-# make demo · make setup · make check · make test · make vehicle-bundle
+# make demo · make setup · make check · make test · make vehicle-bundle · make offline-kit
 PYTHON ?= python3
 # smollm2, vehicle (trained first, which takes hours), or anything that `python -m export bundle` takes.
 MODEL ?= smollm2
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo setup check test vehicle-bundle format clean
+.PHONY: demo setup check test vehicle-bundle offline-kit format clean
 .DELETE_ON_ERROR:
 
 ## demo: a broker, a daemon and six questions, with nothing to prepare by hand
@@ -35,6 +35,11 @@ vehicle-bundle: $(VEHICLE_BUNDLE)/manifest.json
 $(VEHICLE_BUNDLE)/manifest.json: | $(VENV)/.dev-done
 	$(BIN)/python -m export distill --pack examples/vehicle --work .cache/vehicle --out $(VEHICLE_BUNDLE) \
 		--name vehicle-gpt2-int8 $(DISTILL_FLAGS)
+
+## offline-kit: an archive for a board without a network: make offline-kit ARCH=aarch64 BUNDLE=folder
+ARCH ?= aarch64
+offline-kit: setup $(BUNDLE)/manifest.json
+	$(BIN)/python -m export kit --arch $(ARCH) --bundle $(BUNDLE) $(KIT_FLAGS)
 
 format: $(VENV)/.dev-done
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""The command line: ``python -m export bundle MODEL --out BUNDLE``, ``distill`` and ``pack``."""
+"""The command line: ``python -m export bundle MODEL --out BUNDLE``, ``distill``, ``pack`` and ``kit``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from export.alias import ALIASES
 from export.distill.command import add_distill_parser, run_distill
 from export.errors import ExportError
 from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8
+from export.kit import add_kit_parser, run_kit
 from export.packs.command import add_pack_parser, run_pack
 from export.pipeline import ExportOptions, export_bundle
 from export.quantize import BLOCK_SIZES
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "pack":
             run_pack(options)
+            return 0
+        if options.command == "kit":
+            print(f"written: {run_kit(options)}")
             return 0
         if options.command == "distill":
             manifest = run_distill(options)
@@ -108,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults.add_argument("--repetition-penalty", type=non_negative, help="1 is none")
     add_distill_parser(commands)
     add_pack_parser(commands)
+    add_kit_parser(commands)
     return parser
 
 

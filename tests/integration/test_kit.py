@@ -1,0 +1,121 @@
+"""A kit for a board without a network: it resolves, packs, and installs with no index at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from export import kit
+from export.errors import ExportError
+from export.kit import KitOptions, make_kit
+
+TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+NO_INDEX = {**os.environ, "PIP_NO_INDEX": "1", "PIP_INDEX_URL": "http://127.0.0.1:9/", "PYTHON": sys.executable}
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("kit")
+    archive = folder / "kit.tar.gz"
+    make_kit(KitOptions(platform.machine(), TINY, archive, (PYTHON,)))
+    with tarfile.open(archive) as stream:
+        assert {(entry.uid, entry.uname) for entry in stream} == {(0, "root")}
+        stream.extractall(folder, filter="data")
+    (inside,) = folder.glob("edge-llm-kit-*")
+    return inside
+
+
+def install(kit_folder: Path, target: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", str(kit_folder / "install.sh"), str(target)]
+    return subprocess.run(command, env={**NO_INDEX, **environ}, capture_output=True, text=True, check=False)
+
+
+def test_it_installs_without_an_index_and_answers(unpacked, tmp_path):
+    target = tmp_path / "opt"
+    result = install(unpacked, target)
+    assert result.returncode == 0, result.stderr
+    assert "edge-llm serve --bundle" in result.stdout
+    doctor = [str(target / "venv/bin/edge-llm"), "doctor", "--json", "--bundle", str(target / "bundle"), "--port", "9"]
+    doctor += ["--set", f"cache_dir={target / 'cache'}"]
+    report = json.loads(subprocess.run(doctor, capture_output=True, text=True, check=False).stdout)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert checks["answer"]["ok"], checks["answer"]
+    assert "prepared copy" in checks["answer"]["detail"]
+
+
+def damaged(unpacked: Path, tmp_path: Path, name: str, old: str, new: str) -> Path:
+    copy = Path(shutil.copytree(unpacked, tmp_path / "kit"))
+    path = copy / name
+    path.write_text(path.read_text().replace(old, new))
+    if name == "install.sh":  # so that it is not the hash that is complained about
+        kit._write_hashes(copy)
+        sums = copy / "SHA256SUMS"
+        sums.write_text("".join(f"{line}\n" for line in sums.read_text().splitlines() if "SHA256SUMS" not in line))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("bundle/manifest.json", "{", "{ ", "the kit is damaged: copy it again"),
+        ("install.sh", platform.machine(), "vax", f"this kit is for vax, and this machine is {platform.machine()}"),
+        ("install.sh", PYTHON, "2.7", "this kit has wheels for Python 2.7"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_left(unpacked, tmp_path, name, old, new, message):
+    result = install(damaged(unpacked, tmp_path, name, old, new), tmp_path / "opt")
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert not (tmp_path / "opt").exists()
+
+
+def test_a_folder_that_is_there_is_not_touched(unpacked, tmp_path):
+    (tmp_path / "opt").mkdir()
+    result = install(unpacked, tmp_path / "opt")
+    assert result.returncode == 1
+    assert "exists already" in result.stderr
+
+
+def test_a_failed_installation_leaves_nothing(unpacked, tmp_path):
+    copy = Path(shutil.copytree(unpacked, tmp_path / "kit"))
+    for wheel in (copy / "wheels").glob("numpy-*"):
+        wheel.unlink()
+    (copy / "SHA256SUMS").unlink()
+    kit._write_hashes(copy)
+    assert install(copy, tmp_path / "opt").returncode != 0
+    assert not (tmp_path / "opt").exists()
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.12"])
+def test_every_wheel_exists_for_arm(unpacked, tmp_path, python):
+    (own,) = (unpacked / "wheels").glob("edge_llm-*.whl")
+    kit._download(own, python, "aarch64", tmp_path)
+    names = {wheel.name.split("-")[0] for wheel in tmp_path.glob("*.whl")}
+    assert {"onnxruntime", "numpy", "tokenizers", "msgspec", "paho_mqtt"} <= names
+    assert not [wheel for wheel in tmp_path.iterdir() if "x86_64" in wheel.name]
+
+
+def test_wheels_that_do_not_exist_are_named(unpacked, tmp_path):
+    (own,) = (unpacked / "wheels").glob("edge_llm-*.whl")
+    with pytest.raises(ExportError, match=r"there are no wheels for Python 3\.4 on aarch64"):
+        kit._download(own, "3.4", "aarch64", tmp_path)
+
+
+def test_input_is_checked_before_anything_is_built(tmp_path):
+    archive = tmp_path / "kit.tar.gz"
+    with pytest.raises(ExportError, match="is not a wheel file"):
+        make_kit(KitOptions("aarch64", TINY, archive, extra_wheels=(tmp_path / "none.whl",)))
+    archive.touch()
+    with pytest.raises(ExportError, match="exists already"):
+        make_kit(KitOptions("aarch64", TINY, archive))
