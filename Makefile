@@ -6,10 +6,11 @@ CHECKPOINT := $(if $(filter smollm2,$(MODEL)),smollm2-135m-instruct,$(MODEL))
 VEHICLE_BUNDLE := .cache/bundles/vehicle-gpt2-int8
 BUNDLE ?= $(if $(filter vehicle,$(MODEL)),$(VEHICLE_BUNDLE),.cache/bundles/$(CHECKPOINT))
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo setup check test vehicle-bundle offline-kit format clean
+.PHONY: demo setup check test test-oldest vehicle-bundle offline-kit format clean
 .DELETE_ON_ERROR:
 
 ## demo: a broker, a daemon and six questions, with nothing to prepare by hand
@@ -29,6 +30,16 @@ check: $(VENV)/.dev-done
 test: $(VENV)/.dev-done mosquitto
 	$(BIN)/python -m pytest
 
+## test-oldest: the runtime's own tests on the oldest versions that it allows
+test-oldest: $(OLDEST)/.done mosquitto
+	$(OLDEST)/bin/python -m pytest -q $(addprefix tests/,bundle cache device domain engine mqtt serving)
+
+$(OLDEST)/.done: pyproject.toml constraints-oldest.txt
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -q install -c constraints-oldest.txt -e '.[cpu,demo]' \
+		'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	@touch $@
+
 ## vehicle-bundle: distil the vehicle pack; hours on two cores, but it goes on where it was stopped
 vehicle-bundle: $(VEHICLE_BUNDLE)/manifest.json
 
@@ -46,7 +57,7 @@ format: $(VENV)/.dev-done
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache dist build
+	rm -rf $(VENV) $(OLDEST) .cache dist build
 
 ifneq ($(BUNDLE),$(VEHICLE_BUNDLE))
 $(BUNDLE)/manifest.json:

@@ -22,8 +22,8 @@ from export.graph.weights import CPU_FP32, cpu_int8
 from export.pipeline import ExportOptions, export_checkpoint
 from export.tensors import MemoryTensors
 from export.verify import DEFAULT_TEXT
+from tests.paths import TINY_BUNDLE
 
-TINY_BUNDLE = Path(__file__).parent / "data" / "tiny_bundle"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Characters of two to four bytes, often enough that some of them become tokens of their own.
 MULTIBYTE_TEXT = "Grüße aus Zürich, café crème, 你好世界 你好, привет мир, 🙂🚗🙂 20 °C → 68 °F. " * 20

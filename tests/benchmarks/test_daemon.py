@@ -13,7 +13,7 @@ from benchmarks.serving import Answer, Event, ServingError
 from edge_llm.engine.prompt import Message
 from edge_llm.local_broker import mosquitto_path
 from tests.fakes import renderer
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 TIMING = {"queue_ms": 0.5, "prefill_ms": 40.0, "ttft_ms": 41.0, "total_ms": 90.0}
 

@@ -26,7 +26,7 @@ from benchmarks.voice.words import SYSTEM_PROMPT
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.config import Config
 from edge_llm.local_broker import mosquitto_path
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 TIMING = {"queue_ms": 0.1, "prefill_ms": 20.0, "ttft_ms": 21.0, "total_ms": 91.0}
 USAGE = {"prompt_tokens": 220, "cached_tokens": 200, "cached_from": "tree", "completion_tokens": 11}

@@ -29,7 +29,7 @@ from edge_llm.bundle.prefix_file import (
     write_prefix_file,
 )
 from edge_llm.errors import ManifestError, PrefixFileError
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 KEY = snapshot_key("test")
 DIMS = ModelDims(

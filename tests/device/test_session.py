@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 ROOT = Path(__file__).parent.parent.parent
 LOAD = """

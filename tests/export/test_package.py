@@ -12,7 +12,7 @@ from edge_llm.bundle.manifest import Bundle
 from edge_llm.errors import BundleIntegrityError
 from export.errors import ExportError
 from export.package import check_destination, check_space, publish, staging
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 
 def test_staged_folder_is_removed_on_error(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from edge_llm.errors import BundleIntegrityError, ManifestError
 from export.graph.weights import CPU_FP32, cpu_int8
 from export.pipeline import ExportOptions, export_checkpoint
 from export.verify import DEFAULT_TEXT
-from tests.generate_tiny_bundle import TINY_BUNDLE, tiny_checkpoint
+from tests.generate_tiny_bundle import tiny_checkpoint
+from tests.paths import TINY_BUNDLE
 
 Command = Callable[..., tuple[int, Path]]
 TARGETS = ("cpu-int8", "cpu-fp32")

@@ -9,7 +9,8 @@ import pytest
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.engine.runner import Runner
 from edge_llm.engine.tokenizer import Tokenizer
-from tests.generate_tiny_bundle import TINY_BUNDLE, generate
+from tests.generate_tiny_bundle import generate
+from tests.paths import TINY_BUNDLE
 
 
 def test_committed_bundle_is_whole_and_small() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from edge_llm.config import MqttConfig
 from edge_llm.mqtt.asking import Asker
-from tests.generate_tiny_bundle import TINY_BUNDLE, random_checkpoint, write_bundle
+from tests.generate_tiny_bundle import random_checkpoint, write_bundle
+from tests.paths import TINY_BUNDLE
 
 START_TIMEOUT_S = 60
 

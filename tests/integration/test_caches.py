@@ -12,7 +12,7 @@ import pytest
 
 from edge_llm.cache.response_cache import response_stats
 from edge_llm.cache.state_db import StateDb, state_path
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 pytestmark = pytest.mark.broker
 

@@ -21,7 +21,7 @@ from edge_llm.cache.state_db import StateDb, state_path
 from edge_llm.config import load_config
 from edge_llm.doctor import Check, run_doctor
 from tests.brokers import free_port
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 ROOT = Path(__file__).parent.parent.parent
 

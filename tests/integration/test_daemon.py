@@ -20,7 +20,7 @@ from edge_llm.engine.prompt import Message
 from edge_llm.errors import RequestError
 from edge_llm.mqtt.asking import DaemonOfflineError
 from tests.brokers import wait_for
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 pytestmark = pytest.mark.broker
 WAIT_S = 30

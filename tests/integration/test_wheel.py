@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.brokers import wait_for
-from tests.generate_tiny_bundle import TINY_BUNDLE
+from tests.paths import TINY_BUNDLE
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.broker, pytest.mark.timeout(600)]
