@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from edge_llm.config import load_config
+from edge_llm.config import EngineConfig, load_config
 from edge_llm.device import profile
 from edge_llm.device.board import detect_board
 from edge_llm.device.profile import device_layer, device_names
+from edge_llm.device.providers import TENSORRT, _options
 from edge_llm.errors import ConfigError
 from tests.device.boards import DEVICE_TREES, device_tree
+from tests.read_provider_options import OPTIONS_FILE
 
 BOARDS = [
     "default",
@@ -56,3 +61,15 @@ def test_a_jetson_falls_back_to_the_processor(name):
 def test_an_unknown_board_is_refused_with_the_list():
     with pytest.raises(ConfigError, match="there are: default, jetson-agx-orin"):
         device_layer("toaster")
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_options_are_those_that_the_provider_has(name):
+    known = json.loads(OPTIONS_FILE.read_text())
+    for provider, options in load_config(device_layer=device_layer(name)).engine.provider_options.items():
+        assert set(options) <= set(known[provider]), f"{name}: not in {known['source']}"
+
+
+def test_the_options_that_the_program_sets_are_known():
+    known = json.loads(OPTIONS_FILE.read_text())
+    assert set(_options(TENSORRT, EngineConfig(), Path("/cache"))) <= set(known[TENSORRT])
