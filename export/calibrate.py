@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Not the text that quality is measured on.
 CALIBRATION_TEXT: Final = Path(__file__).parent / "data" / "calibration_text.txt"
+# With every tensor of every layer kept, a chunk of SmolLM2-135M takes some 200 MB.
+_CHUNK_TOKENS: Final = 128
 
 
 def measure_magnitudes(
@@ -38,33 +40,85 @@ def measure_magnitudes(
     Returns:
         ``(channels,)`` float32 by name.
     """
-    model = onnx.load(str(graph_path), load_external_data=False)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in activations)
-    # External data is found relative to the model's own folder.
-    observed_path = graph_path.with_name("observed.onnx")
-    try:
-        observed_path.write_bytes(model.SerializeToString())
-        session = onnxruntime.InferenceSession(str(observed_path), providers=["CPUExecutionProvider"])
-    finally:
-        observed_path.unlink(missing_ok=True)
-    takes_positions = graph_io.POSITION_IDS in {node.name for node in session.get_inputs()}
+    session = _observing_session(graph_path, activations)
     cache = np.zeros((1, dims.num_kv_heads, dims.max_seq_len, dims.head_dim), np.float32)
-    feed: dict[str, NDArray[Any]] = {
-        name: cache for layer in range(dims.num_layers) for name in graph_io.past_names(layer)
-    }
-    feed[graph_io.LOGIT_INDICES] = np.zeros(1, np.int64)
+    pasts = {name: cache for layer in range(dims.num_layers) for name in graph_io.past_names(layer)}
     squares: dict[str, NDArray[np.float64]] = {name: np.zeros((), np.float64) for name in activations}
     total_tokens = sum(map(len, windows))
     with progress("calibrating", total_tokens, unit="tok") as bar:
         for token_ids in windows:
-            window = np.asarray([token_ids], np.int64)
-            count = window.shape[1]
-            feed[graph_io.INPUT_IDS] = window
-            if takes_positions:
-                feed[graph_io.POSITION_IDS] = np.arange(count, dtype=np.int64)[None]
-            feed[graph_io.SEQLENS_K] = np.asarray([count - 1], np.int32)
-            feed[graph_io.TOTAL_SEQUENCE_LENGTH] = np.asarray(count, np.int32)
-            for name, values in zip(activations, session.run(list(activations), feed), strict=True):
-                squares[name] = squares[name] + np.square(values[0], dtype=np.float64).sum(axis=0)
-            bar.update(count)
+            values = session.run(list(activations), _feed(session, token_ids, 0, [0]) | pasts)
+            for name, rows in zip(activations, values, strict=True):
+                squares[name] = squares[name] + np.square(rows[0], dtype=np.float64).sum(axis=0)
+            bar.update(len(token_ids))
     return {name: np.sqrt(total / total_tokens).astype(np.float32) for name, total in squares.items()}
+
+
+def measure_largest(
+    graph_path: Path, dims: ModelDims, windows: Sequence[Sequence[int]], description: str
+) -> dict[str, float]:
+    """Largest absolute value of everything that a float16 graph computes, keys and values included.
+
+    Args:
+        graph_path: the graph; a copy with more outputs is written beside it and removed.
+        dims: the model's shape.
+        windows: token ids of texts that each fit the context.
+        description: for the progress bar.
+
+    Returns:
+        By the tensor's name, in the graph's order; infinite or not a number where float16 did not suffice.
+    """
+    nodes = onnx.load(str(graph_path), load_external_data=False).graph.node
+    session = _observing_session(graph_path, [name for node in nodes for name in node.output if name])
+    names = [output.name for output in session.get_outputs() if output.type == "tensor(float16)"]
+    layers = range(dims.num_layers)
+    pasts = [name for layer in layers for name in graph_io.past_names(layer)]
+    presents = [name for layer in layers for name in graph_io.present_names(layer)]
+    empty = np.zeros((1, dims.num_kv_heads, dims.max_seq_len, dims.head_dim), np.float16)
+    largest: dict[str, float] = {}
+    with progress(description, sum(map(len, windows)), unit="tok") as bar:
+        for window in windows:
+            cache: dict[str, NDArray[Any]] = dict.fromkeys(pasts, empty)
+            for start in range(0, len(window), _CHUNK_TOKENS):
+                chunk = window[start : start + _CHUNK_TOKENS]
+                feed = _feed(session, chunk, start, range(len(chunk))) | cache
+                values = dict(zip(names, session.run(names, feed), strict=True))
+                cache = {past: values[present] for past, present in zip(pasts, presents, strict=True)}
+                # Behind its valid part a fresh cache holds whatever was in the memory.
+                values |= {name: values[name][:, :, : start + len(chunk)] for name in presents}
+                for name, array in values.items():
+                    # Not the built-in max: a value that is not a number must stay.
+                    largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(array.astype(np.float32)).max()))
+                bar.update(len(chunk))
+    order = {name: place for place, name in enumerate(name for node in nodes for name in node.output)}
+    return dict(sorted(largest.items(), key=lambda entry: order[entry[0]]))
+
+
+def _observing_session(graph_path: Path, names: Sequence[str]) -> onnxruntime.InferenceSession:
+    """The graph with more of its tensors as outputs."""
+    model = onnx.load(str(graph_path), load_external_data=False)
+    own = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in own)
+    # External data is found relative to the model's own folder.
+    observed_path = graph_path.with_name("observed.onnx")
+    try:
+        observed_path.write_bytes(model.SerializeToString())
+        return onnxruntime.InferenceSession(str(observed_path), providers=["CPUExecutionProvider"])
+    finally:
+        observed_path.unlink(missing_ok=True)
+
+
+def _feed(
+    session: onnxruntime.InferenceSession, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]
+) -> dict[str, NDArray[Any]]:
+    """Every input but the cache, for new tokens behind ``past_len`` positions."""
+    total = past_len + len(token_ids)
+    feed: dict[str, NDArray[Any]] = {
+        graph_io.INPUT_IDS: np.asarray([token_ids], np.int64),
+        graph_io.SEQLENS_K: np.asarray([total - 1], np.int32),
+        graph_io.TOTAL_SEQUENCE_LENGTH: np.asarray(total, np.int32),
+        graph_io.LOGIT_INDICES: np.asarray(logit_indices, np.int64),
+    }
+    if graph_io.POSITION_IDS in {node.name for node in session.get_inputs()}:
+        feed[graph_io.POSITION_IDS] = np.arange(past_len, total, dtype=np.int64)[None]
+    return feed

@@ -14,12 +14,12 @@ from edge_llm.errors import EdgeLlmError
 from export.alias import ALIASES
 from export.distill.command import add_distill_parser, run_distill
 from export.errors import ExportError
-from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8
+from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8, cuda
 from export.kit import add_kit_parser, run_kit
 from export.packs.command import add_pack_parser, run_pack
 from export.pipeline import ExportOptions, export_bundle
 from export.quantize import BLOCK_SIZES
-from export.verify import DEFAULT_MAX_PERPLEXITY_RATIO, DEFAULT_TEXT
+from export.verify import DEFAULT_MAX_CUDA_PERPLEXITY_RATIO, DEFAULT_MAX_PERPLEXITY_RATIO, DEFAULT_TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edge_llm.bundle.manifest import Manifest
     from export.graph.weights import WeightFormat
 
-_TARGETS: Final = ("cpu-int8", "cpu-fp32")
+_TARGETS: Final = ("cpu-int8", "cpu-fp32", "cuda")
 _GENERATION: Final = ("max_tokens", "temperature", "repetition_penalty")
 
 
@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help=f"fail above this, against float32 (default {DEFAULT_MAX_PERPLEXITY_RATIO})",
     )
+    bundle.add_argument(
+        "--max-cuda-perplexity-ratio",
+        type=_ratio,
+        default=DEFAULT_MAX_CUDA_PERPLEXITY_RATIO,
+        metavar="R",
+        help=f"the same for the cuda graph (default {DEFAULT_MAX_CUDA_PERPLEXITY_RATIO})",
+    )
     bundle.add_argument("--verify", choices=("hf",), help="hf: compare with transformers too (needs torch)")
     bundle.add_argument(
         "--ship-prefix",
@@ -133,13 +140,18 @@ def _ratio(value: str) -> float:
 
 def _export_options(options: argparse.Namespace) -> ExportOptions:
     block_size = options.block or (DEFAULT_BLOCK_SIZE if options.bits == 8 else 32)
-    formats: dict[str, WeightFormat] = {"cpu-int8": cpu_int8(options.bits, block_size), "cpu-fp32": CPU_FP32}
+    formats: dict[str, WeightFormat] = {
+        "cpu-int8": cpu_int8(options.bits, block_size),
+        "cpu-fp32": CPU_FP32,
+        "cuda": cuda(options.block or DEFAULT_BLOCK_SIZE),
+    }
     names = dict.fromkeys(options.target or ["cpu-int8"])
     return ExportOptions(
         out=options.out,
         targets=tuple(formats[name] for name in names),
         verify_text=options.verify_text,
         max_perplexity_ratio=options.max_perplexity_ratio,
+        max_cuda_perplexity_ratio=options.max_cuda_perplexity_ratio,
         context=options.context,
         verify_hf=options.verify == "hf",
         ship_prefix=options.ship_prefix,

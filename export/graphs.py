@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+import onnx
+
 from edge_llm import __version__
 from edge_llm.bundle.manifest import Graph
 from export.console import progress
-from export.graph.builder import DATA_FILE, IR_VERSION, MODEL_FILE, OPSET, GraphBuilder
+from export.graph.builder import DATA_FILE, IR_VERSION, MODEL_FILE, GraphBuilder
+from export.graph.check import check_graph
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +26,11 @@ MIN_ONNXRUNTIME: Final = "1.23"
 
 
 def build_graph(checkpoint: Checkpoint, weights: WeightFormat, dims: ModelDims, folder: Path) -> Path:
-    """Write model.onnx and model.onnx.data into ``folder``, which is created; returns the path of model.onnx."""
+    """Write model.onnx and model.onnx.data into ``folder``, which is created; returns the path of model.onnx.
+
+    Raises:
+        ExportError: a weight does not fit the target, or the graph breaks one of its rules.
+    """
     folder.mkdir(parents=True)
     architecture = checkpoint.architecture
     metadata = {
@@ -37,7 +45,9 @@ def build_graph(checkpoint: Checkpoint, weights: WeightFormat, dims: ModelDims, 
         GraphBuilder(folder, weights, bar.update) as graph,
     ):
         architecture.build(graph, checkpoint.tensors, dims)
-        return graph.save(dims, takes_positions=architecture.takes_positions, metadata=metadata)
+        path = graph.save(dims, takes_positions=architecture.takes_positions, metadata=metadata)
+    check_graph(onnx.load(str(path), load_external_data=False), weights, dims)
+    return path
 
 
 def describe_graph(weights: WeightFormat) -> Graph:
@@ -49,8 +59,8 @@ def describe_graph(weights: WeightFormat) -> Graph:
         data_file=f"{folder}/{DATA_FILE}",
         bits=weights.bits,
         block_size=weights.block_size,
-        kv_dtype="float32",
-        opset=OPSET,
+        kv_dtype=weights.float_type,
+        opset=weights.kernels.opset,
         ir_version=IR_VERSION,
         min_onnxruntime=MIN_ONNXRUNTIME,
     )
@@ -60,12 +70,16 @@ def estimated_bytes(checkpoint: Checkpoint, weights: WeightFormat, dims: ModelDi
     """Bytes of a target's data file, a little more rather than less."""
     architecture = checkpoint.architecture
     present = checkpoint.tensors.shapes
-    total = 2 * 4 * dims.max_seq_len * dims.head_dim  # rotary tables, where there are any
+    float_bytes = np.dtype(weights.float_type).itemsize
+    total = 2 * float_bytes * dims.max_seq_len * dims.head_dim  # rotary tables, where there are any
     for name, shape in {**architecture.optional_shapes(), **architecture.required_shapes()}.items():
         if name not in present:
             continue
         count = math.prod(shape)
         is_matrix = len(shape) == 2 and name != "wpe.weight"
         # Scales at the finest block that a matrix may fall back to: a quarter byte a weight.
-        total += count * weights.bits // 8 + count // 4 if weights.is_quantized and is_matrix else 4 * count
+        quantized_bytes = count * weights.bits // 8 + count // 4
+        total += quantized_bytes if weights.is_quantized and is_matrix else float_bytes * count
+        if is_matrix and shape[0] == dims.vocab_size and not weights.kernels.gathers_blocks:
+            total += float_bytes * count
     return total

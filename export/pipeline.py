@@ -32,7 +32,16 @@ from export.package import check_destination, check_space, list_files, publish, 
 from export.shipped_prefix import add_prefix_files
 from export.smoothing import SmoothedTensors
 from export.template import make_prompt_template
-from export.verify import check_limit, compare, expect_greedy, open_runner, read_text_tokens, text_windows
+from export.verify import (
+    DEFAULT_MAX_CUDA_PERPLEXITY_RATIO,
+    check_limit,
+    compare,
+    expect_greedy,
+    open_runner,
+    read_text_tokens,
+    text_windows,
+)
+from export.verify_float16 import check_activations, compare_greedy
 from export.vocabulary import trim_checkpoint, trim_vocabulary
 
 if TYPE_CHECKING:
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
 
     from edge_llm.bundle.manifest import Expectation, GraphQuality, ModelDims, PromptTemplate
     from edge_llm.domain.schema import DomainSchema
+    from edge_llm.engine.runner import Runner
     from export.checkpoint import Checkpoint
     from export.graph.weights import WeightFormat
 
@@ -81,6 +91,7 @@ class ExportOptions:
         context: positions of the KV cache; None is the model's own, at most ``MAX_CONTEXT``.
         verify_text: the text that quantised graphs are judged on.
         max_perplexity_ratio: a quantised graph above it fails the export.
+        max_cuda_perplexity_ratio: the same for the ``cuda`` graph.
         verify_hf: whether to compare with transformers as well.
         ship_prefix: whether the bundle brings the KV of the head that all its prompts share.
         name: of the bundle; None is the checkpoint's.
@@ -94,6 +105,7 @@ class ExportOptions:
     targets: tuple[WeightFormat, ...]
     verify_text: Path
     max_perplexity_ratio: float
+    max_cuda_perplexity_ratio: float = DEFAULT_MAX_CUDA_PERPLEXITY_RATIO
     context: int | None = None
     verify_hf: bool = False
     ship_prefix: bool = False
@@ -102,6 +114,10 @@ class ExportOptions:
     generation: Mapping[str, float] = field(default_factory=dict)
     vocabulary: tuple[int, Path] | None = None
     domain: DomainParts | None = None
+
+    def perplexity_limit(self, weights: WeightFormat) -> float:
+        """The limit of one target."""
+        return self.max_cuda_perplexity_ratio if weights.target == "cuda" else self.max_perplexity_ratio
 
 
 def export_bundle(model: str, options: ExportOptions) -> Manifest:
@@ -135,7 +151,8 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
     with staging(options.out.absolute()) as folder:
         graphs = _build(checkpoint, options.targets, dims, texts.calibrate, folder)
         quality, report = _verify(checkpoint, options, dims, graphs, texts)
-        expectation = _self_test(graphs[options.targets[0]], dims, checkpoint, prompt)
+        served = options.targets[0]
+        expectation = _self_test(graphs[served], served, dims, checkpoint, prompt)
         if CPU_FP32 not in options.targets:
             shutil.rmtree(_graph_folder(folder, CPU_FP32))
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
@@ -243,7 +260,7 @@ def _verify(
     texts: _Texts,
 ) -> tuple[tuple[GraphQuality, ...], dict[str, Any]]:
     """Judge every quantised graph; returns the manifest's summaries and the contents of quality.json."""
-    reference = open_runner(graphs[CPU_FP32], dims)
+    reference = open_runner(graphs[CPU_FP32], dims, CPU_FP32)
     report: dict[str, Any] = {
         "reference": f"cpu-fp32 graph, {checkpoint.reference}",
         "text": texts.description,
@@ -254,11 +271,13 @@ def _verify(
     for weights in options.targets:
         if not weights.is_quantized:
             continue
-        figures = compare(open_runner(graphs[weights], dims), reference, texts.verify, f"verifying {weights.target}")
-        check_limit(figures, weights.target, options.max_perplexity_ratio)
-        quality = figures.quality(weights.target, options.max_perplexity_ratio)
+        limit = options.perplexity_limit(weights)
+        runner = open_runner(graphs[weights], dims, weights)
+        figures = compare(runner, reference, texts.verify, f"verifying {weights.target}")
+        check_limit(figures, weights.target, limit)
+        quality = figures.quality(weights.target, limit)
         qualities.append(quality)
-        details = {
+        details: dict[str, Any] = {
             "bits": weights.bits,
             "block_size": weights.block_size,
             "predictions": figures.tokens,
@@ -266,6 +285,9 @@ def _verify(
             "reference_perplexity": round(figures.reference_perplexity, 4),
             "max_logit_difference": round(figures.max_logit_difference, 4),
         }
+        if weights.float_type == "float16":
+            details |= check_activations(graphs[weights], dims, weights.target, texts.verify)
+            details["greedy"] = _greedy_beside(runner, weights, graphs, dims, texts.verify)
         report["graphs"].append(msgspec.to_builtins(quality) | details)
     if options.verify_hf:
         from export.verify_hf import compare_with_transformers
@@ -276,10 +298,26 @@ def _verify(
     return tuple(qualities), report
 
 
-def _self_test(graph_path: Path, dims: ModelDims, checkpoint: Checkpoint, prompt: PromptTemplate) -> Expectation:
+def _greedy_beside(
+    runner: Runner,
+    weights: WeightFormat,
+    graphs: Mapping[WeightFormat, Path],
+    dims: ModelDims,
+    windows: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Greedy tokens beside those of the graph with the same integers, or the float32 one if the bundle has none."""
+    same = [other for other in graphs if other.target == "cpu-int8" and other.bits == weights.bits]
+    other = same[0] if same else CPU_FP32
+    agreement = compare_greedy(runner, open_runner(graphs[other], dims, other), weights.target, windows)
+    return {"compared_with": other.target} | agreement._asdict()
+
+
+def _self_test(
+    graph_path: Path, weights: WeightFormat, dims: ModelDims, checkpoint: Checkpoint, prompt: PromptTemplate
+) -> Expectation:
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json))
     prompt_ids = PromptRenderer(prompt, tokenizer).encode([Message("user", _SELF_TEST_QUESTION)])
-    return expect_greedy(open_runner(graph_path, dims), prompt_ids)
+    return expect_greedy(open_runner(graph_path, dims, weights), prompt_ids)
 
 
 def _manifest(

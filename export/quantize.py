@@ -64,6 +64,18 @@ def quantize(weight: Float32Array, bits: int, block_size: int) -> QuantizedWeigh
     return QuantizedWeight(blocks, scales, bits, block_size)
 
 
+def pad_rows(weight: QuantizedWeight, rows: int) -> QuantizedWeight:
+    """The matrix with rows of zeros behind its own, ``rows`` in all."""
+    missing = rows - len(weight.blocks)
+    if not missing:
+        return weight
+    zero = 0x80 if weight.bits == 8 else 0x88
+    return weight._replace(
+        blocks=np.pad(weight.blocks, ((0, missing), (0, 0), (0, 0)), constant_values=zero),
+        scales=np.pad(weight.scales, ((0, missing), (0, 0)), constant_values=1.0),
+    )
+
+
 def dequantize(weight: QuantizedWeight) -> Float32Array:
     """The ``(N, K)`` float32 matrix that the kernels compute with."""
     values = weight.blocks

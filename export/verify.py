@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_llm.bundle.manifest import ModelDims
+    from export.graph.weights import WeightFormat
     from export.tensors import Float32Array
 
 DEFAULT_TEXT: Final = Path(__file__).parent / "data" / "verify_text.txt"
 DEFAULT_MAX_PERPLEXITY_RATIO: Final = 1.01
+# Its matrices are those of cpu-int8, its activations are not quantised.
+DEFAULT_MAX_CUDA_PERPLEXITY_RATIO: Final = 1.005
 # A longer text tells no more and takes minutes.
 _MAX_TOKENS: Final = 16_384
 _WINDOW_TOKENS: Final = 512
@@ -140,11 +143,12 @@ def compare(graph: Runner, reference: Runner, windows: Sequence[Sequence[int]], 
 def check_limit(comparison: Comparison, target: str, max_perplexity_ratio: float) -> None:
     """Raises ``ExportError`` naming the figure if the graph is worse than the limit."""
     ratio = comparison.perplexity_ratio
+    flag = "--max-cuda-perplexity-ratio" if target == "cuda" else "--max-perplexity-ratio"
     if not ratio <= max_perplexity_ratio:
         raise ExportError(
             f"{target}: perplexity ratio {ratio:.4f} is above the limit of {max_perplexity_ratio:g} (top-1 agreement "
             f"{comparison.top1_agreement:.3f}): no bundle was written; use --bits 8 or a smaller --block, or accept it "
-            f"with --max-perplexity-ratio {np.ceil(ratio * 100) / 100:.2f}"
+            f"with {flag} {np.ceil(ratio * 100) / 100:.2f}"
         )
 
 
@@ -173,9 +177,9 @@ def expect_greedy(runner: Runner, prompt_token_ids: Sequence[int], count: int = 
     return Expectation(prompt_token_ids=tuple(prompt), token_ids=tuple(generated))
 
 
-def open_runner(graph_path: Path, dims: ModelDims) -> Runner:
-    """The serving engine's runner over one graph."""
-    return Runner(graph_path, dims)
+def open_runner(graph_path: Path, dims: ModelDims, weights: WeightFormat) -> Runner:
+    """The serving engine's runner over one target's graph."""
+    return Runner(graph_path, dims, kv_dtype=weights.float_type)
 
 
 def _chunks(runner: Runner, window: Sequence[int]) -> Iterator[Float32Array]:

@@ -12,6 +12,10 @@ Inputs (``batch`` and ``seq`` are symbolic, everything else is static):
 ``past_value.{layer}``                the same                                      kv dtype
 ====================================  ============================================  =======
 
+``total_sequence_length`` may as well be ``max_seq_len`` every time, as a captured CUDA graph needs it: on the CPU
+provider the results are the same bits. Only several new tokens of several rows at once, which nobody asks for, need
+the true one.
+
 Outputs: ``logits (batch, n, vocab) float32``, ``next_token_ids (batch, n) int64`` (the arg max of ``logits``), and
 ``present_key.{layer}`` / ``present_value.{layer}``, which the runner binds to the addresses of the past ones.
 """

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_llm.bundle import graph_io
+from export.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from edge_llm.bundle.manifest import ModelDims
     from export.graph.weights import WeightFormat
 
-OPSET: Final = 21
 IR_VERSION: Final = 10
 CONTRIB: Final = "com.microsoft"
 MODEL_FILE: Final = "model.onnx"
@@ -68,9 +68,13 @@ class GraphBuilder:
         return self.node(op_type, inputs, outputs, domain=CONTRIB, **attributes)
 
     def initializer(self, name: str, array: NDArray[Any]) -> str:
-        """Add a constant tensor; returns its name."""
+        """Add a constant tensor, a float32 one in the graph's own type; returns its name.
+
+        Raises:
+            ExportError: a value is too large for that type.
+        """
         assert name not in self._initializers, f"initializer {name} added twice"
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(self._in_own_type(name, array) if array.dtype == np.float32 else array)
         if array.nbytes < _INLINE_BYTES:
             self._initializers[name] = numpy_helper.from_array(array, name)
             return name
@@ -87,6 +91,18 @@ class GraphBuilder:
             self._on_write(array.nbytes)
         return name
 
+    def _in_own_type(self, name: str, array: NDArray[np.float32]) -> NDArray[np.floating]:
+        if self.weights.float_type == "float32":
+            return array
+        with np.errstate(over="ignore"):
+            converted: NDArray[np.floating] = array.astype(self.weights.float_type)
+        if not np.isfinite(converted).all():
+            raise ExportError(
+                f"{self.weights.target}: weight {name!r} has values up to {np.abs(array).max():.3g}, too large for "
+                f"{self.weights.float_type}: leave this target out"
+            )
+        return converted
+
     def save(self, dims: ModelDims, *, takes_positions: bool, metadata: Mapping[str, str]) -> Path:
         """Write model.onnx beside its data file, after the ONNX checker has passed it.
 
@@ -99,7 +115,8 @@ class GraphBuilder:
             The path of model.onnx.
         """
         self._data.close()
-        inputs, outputs = _declare_io(dims, takes_positions=takes_positions)
+        cache_type = helper.np_dtype_to_tensor_dtype(np.dtype(self.weights.float_type))
+        inputs, outputs = _declare_io(dims, cache_type, takes_positions=takes_positions)
         graph = helper.make_graph(
             self._nodes,
             f"{dims.architecture}-{self.weights.target}",
@@ -109,7 +126,7 @@ class GraphBuilder:
             doc_string="One step of a decoder with a static key-value cache, appended in place; inputs and outputs "
             "are described in edge_llm/bundle/graph_io.py.",
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        opsets = [helper.make_opsetid("", self.weights.kernels.opset), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edge-llm")
         helper.set_model_props(model, dict(metadata))
         path = self.folder / MODEL_FILE
@@ -131,7 +148,7 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _declare_io(
-    dims: ModelDims, *, takes_positions: bool
+    dims: ModelDims, cache_type: int, *, takes_positions: bool
 ) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     value = helper.make_tensor_value_info
     inputs = [value(graph_io.INPUT_IDS, TensorProto.INT64, ["batch", "seq"])]
@@ -148,6 +165,6 @@ def _declare_io(
     ]
     cache_shape: list[str | int | None] = ["batch", dims.num_kv_heads, dims.max_seq_len, dims.head_dim]
     for layer in range(dims.num_layers):
-        inputs += [value(name, TensorProto.FLOAT, cache_shape) for name in graph_io.past_names(layer)]
-        outputs += [value(name, TensorProto.FLOAT, cache_shape) for name in graph_io.present_names(layer)]
+        inputs += [value(name, cache_type, cache_shape) for name in graph_io.past_names(layer)]
+        outputs += [value(name, cache_type, cache_shape) for name in graph_io.present_names(layer)]
     return inputs, outputs

@@ -1,4 +1,4 @@
-"""How weight matrices enter a graph: embedding, linear layers and the head, in int8, int4 or float32."""
+"""How weight matrices enter a graph: embedding, linear layers and the head, in int8, int4 or floating point."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from edge_llm.bundle import graph_io
-from export.quantize import BLOCK_SIZES, QuantizedWeight, fitting_block_size, quantize
+from export.quantize import BLOCK_SIZES, QuantizedWeight, fitting_block_size, pad_rows, quantize
 
 if TYPE_CHECKING:
     from export.graph.builder import GraphBuilder
@@ -26,25 +26,81 @@ _HEAD_BLOCK_SIZE: Final = 128
 
 
 @dataclass(frozen=True)
-class WeightFormat:
-    """How a target stores weight matrices.
+class Kernels:
+    """What a provider's kernels ask of a graph.
 
     Attributes:
-        target: the graph's name in the bundle, ``cpu-int8`` or ``cpu-fp32``.
-        bits: 8, 4, or 32 for float32.
+        opset: of the default domain; in it every operator used has a kernel.
+        accuracy_level: of ``MatMulNBits``; 0 leaves activations as they are.
+        adds_bias: whether ``MatMulNBits`` takes the bias; otherwise it is an ``Add`` behind it.
+        gathers_blocks: whether embedding rows are read from the blocks that a tied head multiplies with.
+        output_multiple: outputs of a linear layer come in multiples of this.
+        vocabulary_multiple: the same of the head, whose rows are padded to it.
+    """
+
+    opset: int
+    accuracy_level: int
+    adds_bias: bool
+    gathers_blocks: bool
+    output_multiple: int
+    vocabulary_multiple: int
+
+
+CPU_KERNELS: Final = Kernels(
+    opset=21,
+    accuracy_level=_ACCURACY_LEVEL,
+    adds_bias=True,
+    gathers_blocks=True,
+    output_multiple=1,
+    vocabulary_multiple=1,
+)
+# From ONNX Runtime's source and pull requests of 2024 to 2026; none of it has run on hardware here.
+CUDA_KERNELS: Final = Kernels(
+    # 21 has a Cast of its own, whose CUDA kernel came later than that of 19; without one it runs on the processor.
+    opset=20,
+    # CUDA ignores the level. On the CPU, where the graph is verified, activations must not be quantised either.
+    accuracy_level=0,
+    # CUDA kernels of 2025 throw "MatMulNBits does not support bias in CUDA kernel"; later ones add it afterwards, too.
+    adds_bias=False,
+    # CUDA has a GatherBlockQuantized, but it is not sure since which release and for which bits. A plain float16 table
+    # beside the head's integers costs two bytes a weight.
+    gathers_blocks=False,
+    # The fast path of matmul_8bits.cu; for other sizes a step dequantises the whole matrix.
+    output_multiple=8,
+    # The other fast path, fpA_intB, wants 32 for 8 bits and 64 for 4.
+    vocabulary_multiple=64,
+)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a target stores weights and in what it computes.
+
+    Attributes:
+        target: the graph's name in the bundle, ``cpu-int8``, ``cpu-fp32`` or ``cuda``.
+        bits: of the matrices: 8, 4, or 32 for float32.
         block_size: weights of a layer that share a scale, where the matrix allows it (0 for float32).
         head_block_size: the same of the embedding and the head.
+        float_type: of activations, cache, scales and everything that is no matrix.
+        kernels: of the provider that the target is for.
     """
 
     target: str
     bits: Literal[4, 8, 32]
     block_size: int
     head_block_size: int
+    float_type: Literal["float32", "float16"] = "float32"
+    kernels: Kernels = CPU_KERNELS
 
     @property
     def is_quantized(self) -> bool:
         """Whether matrices are stored in blocks of integers."""
         return self.bits < 32
+
+    def padded_vocabulary(self, vocab_size: int) -> int:
+        """Rows of the head."""
+        multiple = self.kernels.vocabulary_multiple
+        return -(-vocab_size // multiple) * multiple
 
 
 CPU_FP32: Final = WeightFormat("cpu-fp32", 32, 0, 0)
@@ -55,9 +111,17 @@ def cpu_int8(bits: Literal[4, 8] = 8, block_size: int = DEFAULT_BLOCK_SIZE) -> W
 
     Blocks smaller than the default are asked for because they are more exact, so the head has them, too.
     """
+    return WeightFormat("cpu-int8", bits, block_size, _head_block_size(block_size))
+
+
+def cuda(block_size: int = DEFAULT_BLOCK_SIZE) -> WeightFormat:
+    """The ``cuda`` target: float16 around the 8-bit matrices of ``cpu-int8``, integer for integer."""
+    return WeightFormat("cuda", 8, block_size, _head_block_size(block_size), "float16", CUDA_KERNELS)
+
+
+def _head_block_size(block_size: int) -> int:
     assert block_size in BLOCK_SIZES
-    head_block_size = block_size if block_size < DEFAULT_BLOCK_SIZE else max(block_size, _HEAD_BLOCK_SIZE)
-    return WeightFormat("cpu-int8", bits, block_size, head_block_size)
+    return block_size if block_size < DEFAULT_BLOCK_SIZE else max(block_size, _HEAD_BLOCK_SIZE)
 
 
 def linear(graph: GraphBuilder, x: str, weight: Float32Array, bias: Float32Array | None, name: str) -> str:
@@ -73,27 +137,29 @@ def linear(graph: GraphBuilder, x: str, weight: Float32Array, bias: Float32Array
     Returns:
         The name of the output ``(batch, seq, N)``.
     """
+    fused = bias is not None and graph.weights.is_quantized and graph.weights.kernels.adds_bias
+    product = name if bias is None or fused else f"{name}.product"
     if graph.weights.is_quantized:
         block_size = fitting_block_size(weight.shape[1], graph.weights.block_size)
         quantized = quantize(weight, graph.weights.bits, block_size)
         inputs = [x, *_store_blocks(graph, name, quantized)]
-        if bias is not None:
+        if bias is not None and fused:
             inputs += ["", "", graph.initializer(f"{name}.bias", bias)]
-        return _matmul_nbits(graph, inputs, name, quantized)
-    product = f"{name}.product" if bias is not None else name
-    graph.node("MatMul", [x, graph.initializer(f"{name}.weight", weight.T)], [product])
-    if bias is None:
+        _matmul_nbits(graph, inputs, product, quantized)
+    else:
+        graph.node("MatMul", [x, graph.initializer(f"{name}.weight", weight.T)], [product])
+    if bias is None or fused:
         return product
     return graph.node("Add", [product, graph.initializer(f"{name}.bias", bias)], [name])
 
 
 def embedding(graph: GraphBuilder, table: Float32Array, name: str) -> str:
-    """Rows of ``table (vocab, hidden)`` by ``input_ids``; ``tied_head`` reads the same bytes.
+    """Rows of ``table (vocab, hidden)`` by ``input_ids``; ``tied_head`` reads the same bytes where kernels can.
 
     Returns:
         The name of the output ``(batch, seq, hidden)``.
     """
-    if not graph.weights.is_quantized:
+    if not (graph.weights.is_quantized and graph.weights.kernels.gathers_blocks):
         return graph.node("Gather", [graph.initializer(f"{name}.weight", table), graph_io.INPUT_IDS], [name])
     block_size = fitting_block_size(table.shape[1], graph.weights.head_block_size)
     quantized = quantize(table, _EMBEDDING_BITS, block_size)
@@ -113,39 +179,49 @@ def embedding(graph: GraphBuilder, table: Float32Array, name: str) -> str:
     )
 
 
-def tied_head(graph: GraphBuilder, x: str, table_shape: tuple[int, int], name: str) -> None:
-    """Logits from the embedding's own bytes.
+def tied_head(graph: GraphBuilder, x: str, table_shape: tuple[int, int], name: str, output: str) -> None:
+    """Multiply with the embedding's own bytes.
 
     Args:
-        graph: the graph, in which ``embedding`` has stored the table.
+        graph: the graph, in which ``embedding`` has stored the table, in a form that the head can read.
         x: hidden states ``(batch, n, hidden)``.
         table_shape: ``(vocab, hidden)``.
         name: the name that ``embedding`` was given.
+        output: the name of the product ``(batch, n, vocab)``.
     """
     if not graph.weights.is_quantized:
-        graph.contrib("FusedMatMul", [x, f"{name}.weight"], [graph_io.LOGITS], transB=1)
+        graph.contrib("FusedMatMul", [x, f"{name}.weight"], [output], transB=1)
         return
     block_size = fitting_block_size(table_shape[1], graph.weights.head_block_size)
     graph.contrib(
         "MatMulNBits",
         [x, f"{name}.blocks", f"{name}.scales"],
-        [graph_io.LOGITS],
+        [output],
         K=table_shape[1],
         N=table_shape[0],
         bits=_EMBEDDING_BITS,
         block_size=block_size,
-        accuracy_level=_ACCURACY_LEVEL,
+        accuracy_level=graph.weights.kernels.accuracy_level,
     )
 
 
-def untied_head(graph: GraphBuilder, x: str, table: Float32Array, name: str) -> None:
-    """Logits from a head of its own, ``table (vocab, hidden)``; ``x`` is ``(batch, n, hidden)``."""
+def untied_head(graph: GraphBuilder, x: str, table: Float32Array, name: str, output: str) -> None:
+    """Multiply with a table of the head's own.
+
+    Args:
+        graph: the graph.
+        x: hidden states ``(batch, n, hidden)``.
+        table: ``(vocab, hidden)``.
+        name: prefix of the weights' names.
+        output: the name of the product ``(batch, n, padded vocab)``; rows of padding give 0.
+    """
     if not graph.weights.is_quantized:
-        graph.contrib("FusedMatMul", [x, graph.initializer(f"{name}.weight", table)], [graph_io.LOGITS], transB=1)
+        graph.contrib("FusedMatMul", [x, graph.initializer(f"{name}.weight", table)], [output], transB=1)
         return
     block_size = fitting_block_size(table.shape[1], graph.weights.head_block_size)
     quantized = quantize(table, _EMBEDDING_BITS, block_size)
-    _matmul_nbits(graph, [x, *_store_blocks(graph, name, quantized)], graph_io.LOGITS, quantized)
+    padded = pad_rows(quantized, graph.weights.padded_vocabulary(len(table)))
+    _matmul_nbits(graph, [x, *_store_blocks(graph, name, padded)], output, padded)
 
 
 def _store_blocks(graph: GraphBuilder, name: str, weight: QuantizedWeight) -> tuple[str, str]:
@@ -165,5 +241,5 @@ def _matmul_nbits(graph: GraphBuilder, inputs: list[str], output: str, weight: Q
         N=rows,
         bits=weight.bits,
         block_size=weight.block_size,
-        accuracy_level=_ACCURACY_LEVEL,
+        accuracy_level=graph.weights.kernels.accuracy_level,
     )

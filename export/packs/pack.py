@@ -67,6 +67,7 @@ class _PackFile(_Strict, frozen=True, kw_only=True):
     license: str
     description: str
     failure: Sentence
+    min_confidence: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     max_actions: Annotated[int, Meta(ge=1, le=8)] = 3
     fillers_before: tuple[str, ...] = ()
     fillers_after: tuple[str, ...] = ()
@@ -235,6 +236,7 @@ def load_pack(folder: Path) -> Pack:
         name=about.name,
         version=about.version,
         failure=about.failure,
+        min_confidence=about.min_confidence,
         max_actions=about.max_actions,
         actions=tuple(
             Action(

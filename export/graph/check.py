@@ -1,0 +1,278 @@
+"""What a target's graph may consist of: checked on every graph that was built, before it is packaged.
+
+A graph that breaks a rule may still load and answer rightly, only slower, or only on another provider than its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, TensorProto, helper
+
+from edge_llm.bundle import graph_io
+from export.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from edge_llm.bundle.manifest import ModelDims
+    from export.graph.weights import WeightFormat
+
+_CONTRIB: Final = "com.microsoft"
+# Operators and the version of each that the CUDA provider registers, from onnxruntime's docs/OperatorKernels.md at
+# 001d12d (between September 2025 and March 2026). Contrib operators have one version. A kernel is found only if its
+# version is the operator's own at the graph's opset (VerifyVersion in kernel_registry.cc); otherwise the node runs on
+# the processor, between two copies, and the graph cannot be captured.
+_CUDA_KERNELS: Final[dict[tuple[str, str], int]] = {
+    ("", "Add"): 14,
+    # Since 1.21 (pull request 22713), but for select_last_index.
+    ("", "ArgMax"): 13,
+    # 21 is there as well, but not surely in 1.23.
+    ("", "Cast"): 19,
+    ("", "Gather"): 13,
+    ("", "Gelu"): 20,
+    ("", "LayerNormalization"): 17,
+    ("", "Mul"): 14,
+    ("", "Relu"): 14,
+    ("", "SimplifiedLayerNormalization"): 1,
+    ("", "Slice"): 13,
+    ("", "Split"): 18,
+    (_CONTRIB, "FastGelu"): 1,
+    (_CONTRIB, "GroupQueryAttention"): 1,
+    (_CONTRIB, "MatMulNBits"): 1,
+    (_CONTRIB, "QuickGelu"): 1,
+    (_CONTRIB, "SkipLayerNormalization"): 1,
+    (_CONTRIB, "SkipSimplifiedLayerNormalization"): 1,
+}
+# What the layers, the norms and the head of every CPU form are made of.
+_CPU_OPERATORS: Final = frozenset(
+    {("", name) for name in ("Add", "ArgMax", "Gather", "Gelu", "LayerNormalization", "Mul", "Relu")}
+    | {("", "SimplifiedLayerNormalization"), ("", "Split")}
+    | {(_CONTRIB, name) for name in ("FastGelu", "GroupQueryAttention", "QuickGelu")}
+    | {(_CONTRIB, "SkipLayerNormalization"), (_CONTRIB, "SkipSimplifiedLayerNormalization")}
+)
+_OPERATORS: Final[dict[str, frozenset[tuple[str, str]]]] = {
+    "cpu-int8": _CPU_OPERATORS | {("", "Reshape"), (_CONTRIB, "GatherBlockQuantized"), (_CONTRIB, "MatMulNBits")},
+    "cpu-fp32": _CPU_OPERATORS | {("", "MatMul"), (_CONTRIB, "FusedMatMul")},
+    "cuda": frozenset(_CUDA_KERNELS),
+}
+_CONTROL_FLOW: Final = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_SHAPE_OPERATORS: Final = frozenset(
+    {"Shape", "Size", "NonZero", "ConstantOfShape", "Range", "Expand", "Tile", "Reshape", "Unique", "Compress"}
+)
+_FLOATS: Final = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+# Inputs of MatMulNBits by their place.
+_SCALES, _ZERO_POINTS, _GROUP_INDEX, _BIAS = 2, 3, 4, 5
+
+
+class _Fault(NamedTuple):
+    """What breaks a rule: a node's or a value's name, and in which way."""
+
+    name: str
+    what: str
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A graph with what it is meant to be.
+
+    Attributes:
+        model: without its external data.
+        weights: the target.
+        dims: the model's shape.
+        initializers: by name.
+    """
+
+    model: onnx.ModelProto
+    weights: WeightFormat
+    dims: ModelDims
+    initializers: Mapping[str, TensorProto]
+
+    @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        """In the graph's order."""
+        return list(self.model.graph.node)
+
+    @property
+    def float_type(self) -> int:
+        """The target's own element type."""
+        return helper.np_dtype_to_tensor_dtype(np.dtype(self.weights.float_type))
+
+    def matmuls(self) -> list[onnx.NodeProto]:
+        """The quantised matrices' nodes."""
+        return [node for node in self.nodes if node.op_type == "MatMulNBits"]
+
+
+_Rule: TypeAlias = "Callable[[_Subject], Iterator[_Fault]]"
+
+
+def check_graph(model: onnx.ModelProto, weights: WeightFormat, dims: ModelDims) -> None:
+    """Check a graph against every rule of its target.
+
+    Args:
+        model: the graph; its external data need not be loaded.
+        weights: the target that it was built for.
+        dims: the model's shape.
+
+    Raises:
+        ExportError: naming the first node, or input or output, that breaks a rule, and the rule.
+    """
+    subject = _Subject(model, weights, dims, {tensor.name: tensor for tensor in model.graph.initializer})
+    for words, rule in (*_CUDA_RULES, *_RULES) if weights.target == "cuda" else _RULES:
+        for fault in rule(subject):
+            raise ExportError(
+                f"{weights.target} graph: {fault.name!r} {fault.what}, but {words}; leave {weights.target} out of "
+                f"--target, and report it if this model should fit"
+            )
+
+
+def _control_flow(subject: _Subject) -> Iterator[_Fault]:
+    for node in subject.nodes:
+        has_graph = any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute)
+        if has_graph or node.op_type in _CONTROL_FLOW:
+            yield _Fault(node.name, f"is control flow ({node.op_type})")
+
+
+def _shape_operators(subject: _Subject) -> Iterator[_Fault]:
+    for node in subject.nodes:
+        if node.op_type in _SHAPE_OPERATORS:
+            yield _Fault(node.name, f"computes with shapes ({node.op_type})")
+
+
+def _cuda_kernels(subject: _Subject) -> Iterator[_Fault]:
+    opset = next(entry.version for entry in subject.model.opset_import if not entry.domain)
+    for node in subject.nodes:
+        version = _version(node, opset)
+        if _CUDA_KERNELS.get((node.domain, node.op_type)) != version:
+            yield _Fault(node.name, f"is {_spelled(node)}-{version}")
+        elif node.op_type == "ArgMax" and _attribute(node, "select_last_index", 0):
+            yield _Fault(node.name, "is ArgMax with select_last_index")
+
+
+def _no_bias_input(subject: _Subject) -> Iterator[_Fault]:
+    for node in subject.matmuls():
+        if _input(node, _BIAS):
+            yield _Fault(node.name, "takes its bias as an input")
+
+
+def _operators(subject: _Subject) -> Iterator[_Fault]:
+    for node in subject.nodes:
+        if (node.domain, node.op_type) not in _OPERATORS[subject.weights.target]:
+            yield _Fault(node.name, f"is {_spelled(node)}")
+
+
+def _symmetric(subject: _Subject) -> Iterator[_Fault]:
+    for node in subject.matmuls():
+        if _input(node, _ZERO_POINTS) or _input(node, _GROUP_INDEX):
+            yield _Fault(node.name, "has zero points or a group index")
+
+
+def _output_multiple(subject: _Subject) -> Iterator[_Fault]:
+    multiple = subject.weights.kernels.output_multiple
+    for node in subject.matmuls():
+        outputs = _attribute(node, "N", 0)
+        if outputs % multiple:
+            yield _Fault(node.name, f"has {outputs} outputs, no multiple of {multiple}")
+
+
+def _head_multiple(subject: _Subject) -> Iterator[_Fault]:
+    producers = {output: node for node in subject.nodes for output in node.output}
+    node = producers.get(graph_io.LOGITS)
+    while node is not None and node.op_type in ("Cast", "Slice"):
+        node = producers.get(node.input[0])
+    multiple = subject.weights.kernels.vocabulary_multiple
+    if node is None:
+        yield _Fault(graph_io.LOGITS, "comes from no matrix")
+    elif node.op_type == "MatMulNBits" and _attribute(node, "N", 0) % multiple:
+        yield _Fault(node.name, f"has {_attribute(node, 'N', 0)} rows, no multiple of {multiple}")
+
+
+def _float_initializers(subject: _Subject) -> Iterator[_Fault]:
+    for node in subject.matmuls():
+        if _input(node, _SCALES) not in subject.initializers:
+            yield _Fault(node.name, "computes its scales")
+    for node in subject.nodes:
+        for name in node.input:
+            tensor = subject.initializers.get(name)
+            if tensor is not None and tensor.data_type in _FLOATS and tensor.data_type != subject.float_type:
+                yield _Fault(node.name, f"reads {name!r} in {_type_name(tensor.data_type)}")
+
+
+def _cache(subject: _Subject) -> Iterator[_Fault]:
+    declared = {value.name: value for value in [*subject.model.graph.input, *subject.model.graph.output]}
+    dims = subject.dims
+    shape = [dims.num_kv_heads, dims.max_seq_len, dims.head_dim]
+    for layer in range(dims.num_layers):
+        for name in (*graph_io.past_names(layer), *graph_io.present_names(layer)):
+            if name not in declared:
+                yield _Fault(name, "is not declared")
+                continue
+            tensor = declared[name].type.tensor_type
+            batch, *static = tensor.shape.dim
+            if not batch.dim_param or [dim.dim_value for dim in static] != shape:
+                found = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+                yield _Fault(name, f"has the shape {found}")
+            if tensor.elem_type != subject.float_type:
+                yield _Fault(name, f"is of {_type_name(tensor.elem_type)}")
+
+
+def _appends_in_place(subject: _Subject) -> Iterator[_Fault]:
+    pairs = {graph_io.past_names(layer): graph_io.present_names(layer) for layer in range(subject.dims.num_layers)}
+    for node in subject.nodes:
+        if node.op_type == "GroupQueryAttention" and pairs.pop(tuple(node.input[3:5]), None) != tuple(node.output[1:3]):
+            yield _Fault(node.name, f"reads {list(node.input[3:5])} and writes {list(node.output[1:3])}")
+    for past, _ in pairs:
+        yield _Fault(past, "is read by no attention")
+
+
+def _logits(subject: _Subject) -> Iterator[_Fault]:
+    for value in subject.model.graph.output:
+        tensor = value.type.tensor_type
+        if value.name == graph_io.LOGITS and tensor.elem_type != TensorProto.FLOAT:
+            yield _Fault(value.name, f"is of {_type_name(tensor.elem_type)}")
+        if value.name == graph_io.LOGITS and tensor.shape.dim[-1].dim_value != subject.dims.vocab_size:
+            yield _Fault(value.name, f"has {tensor.shape.dim[-1].dim_value} columns")
+
+
+_CUDA_RULES: Final[tuple[tuple[str, _Rule], ...]] = (
+    ("a CUDA graph cannot capture control flow", _control_flow),
+    ("no shape may be computed, it would be on the processor", _shape_operators),
+    ("every node needs a CUDA kernel of just its version", _cuda_kernels),
+    ("CUDA's MatMulNBits refuses a bias, an Add does it", _no_bias_input),
+)
+_RULES: Final[tuple[tuple[str, _Rule], ...]] = (
+    ("only the target's operators are allowed", _operators),
+    ("quantisation is symmetric", _symmetric),
+    ("the fast kernel wants that multiple", _output_multiple),
+    ("the vocabulary is padded to that multiple", _head_multiple),
+    ("scales, norms and biases are stored in the target's float type", _float_initializers),
+    ("the cache is (batch, kv_heads, max_seq_len, head_dim) of the target's float type, batch alone open", _cache),
+    ("each layer appends to its own cache", _appends_in_place),
+    ("logits are float32 over the real vocabulary", _logits),
+)
+
+
+def _version(node: onnx.NodeProto, opset: int) -> int:
+    """The version of the operator that the graph's opset means; 1 for ONNX Runtime's own operators."""
+    if node.domain or not onnx.defs.has(node.op_type):
+        return 1
+    return int(onnx.defs.get_schema(node.op_type, opset).since_version)
+
+
+def _input(node: onnx.NodeProto, place: int) -> str:
+    return str(node.input[place]) if place < len(node.input) else ""
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)
+
+
+def _spelled(node: onnx.NodeProto) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+
+
+def _type_name(data_type: int) -> str:
+    return str(TensorProto.DataType.Name(data_type)).lower()
