@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class ActionCall(msgspec.Struct, frozen=True, kw_only=True):
     """An action that the host is asked to do, as it goes over the wire.
 
-    ``confidence`` is the probability that the model gave to its name and slots. With ``confirm`` the host should ask
-    back before it acts.
+    ``confidence`` is the probability that the model gave to there being a command and to its name and slots. With
+    ``confirm`` the host should ask back before it acts.
     """
 
     name: str
@@ -186,8 +186,8 @@ class DomainAnswer:
         sampler = self._sampler()
         probabilities = sampler.probabilities if sampler is not None else []
         for start, end in pairwise([*starts, len(self._head)]):
-            call = self._read_call(self._head[start:end], probabilities[start:end])
-            if len(self._calls) >= grammar.schema.max_actions:
+            call = self._read_call(self._head[start:end], [*probabilities[:1], *probabilities[start:end]])
+            if call is not None and not self._is_wanted(call):
                 call = None
             self._calls.append(call)
             self.dropped_actions += call is None
@@ -198,6 +198,10 @@ class DomainAnswer:
         if self.kind == "command" and not self._calls:
             self._calls = [None]
             self.dropped_actions += 1
+
+    def _is_wanted(self, call: ActionCall) -> bool:
+        schema = self._grammar.schema
+        return len(self._calls) < schema.max_actions and call.confidence >= schema.min_confidence
 
     def _read_call(self, token_ids: Sequence[int], probabilities: Sequence[float]) -> ActionCall | None:
         grammar = self._grammar

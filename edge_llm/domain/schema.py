@@ -99,8 +99,8 @@ class StateValue(_Strict, frozen=True, kw_only=True):
 class DomainSchema(_Strict, frozen=True, kw_only=True):
     """The whole of ``domain.json``.
 
-    ``failure`` is said when the model asked for something that the schema forbids; ``examples`` are what ``edge-llm
-    demo`` asks.
+    ``failure`` is said when the model asked for something that the schema forbids, or for an action that it is not as
+    sure of as ``min_confidence``; ``examples`` are what ``edge-llm demo`` asks.
     """
 
     format: Literal[1]
@@ -108,6 +108,7 @@ class DomainSchema(_Strict, frozen=True, kw_only=True):
     version: str
     failure: Sentence
     max_actions: Annotated[int, Meta(ge=1, le=8)] = 3
+    min_confidence: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     actions: Annotated[tuple[Action, ...], Meta(max_length=512)]
     state: Annotated[dict[Name, StateValue], Meta(max_length=128)] = {}
     examples: Annotated[tuple[Sentence, ...], Meta(max_length=32)] = ()

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_llm.domain.answer import ActionCall
-from edge_llm.domain.schema import allows, is_complete
+from edge_llm.domain.answer import ActionCall, DomainAnswer
+from edge_llm.domain.grammar import DomainGrammar
+from edge_llm.domain.schema import DomainSchema, allows, is_complete
+from edge_llm.domain.state_values import StateValues
 from tests.domain.pack import GRAMMAR, SCHEMA, TOKENIZER, answer, greedy_sampler, ids, read
 
 OPEN_DRIVER = ("<|action window.move|>", "<|slot which|>", " driver", "<|slot action|>", " open")
@@ -293,14 +295,28 @@ def test_no_garbage_raises_or_becomes_an_action_that_is_not_allowed(tokens):
 # --- how sure the model was ----------------------------------------------------------------------------------------
 
 
-def test_confidence_is_the_probability_of_the_name_and_its_slots():
+def unsure(schema: DomainSchema = SCHEMA) -> DomainAnswer:
     sampler = greedy_sampler("make it warm")
     tokens = ids("<|command|>", *WARMER, "<|action trunk.open|>", "<|say|>")
-    sampler.probabilities = [0.1, 0.5, 0.8, 0.9, 1.0, 0.25, 0.3]
+    sampler.probabilities = [0.5, 0.5, 0.8, 0.9, 1.0, 0.25, 0.3]
     assert len(tokens) == len(sampler.probabilities)
-    found = answer(sampler)
+    found = DomainAnswer(DomainGrammar(schema, TOKENIZER), lambda: sampler, StateValues())
     found.push(tokens)
-    assert [action.confidence for action in found.actions] == [0.36, 0.25]
+    return found
+
+
+def test_confidence_is_the_probability_of_kind_name_and_slots():
+    assert [action.confidence for action in unsure().actions] == [0.18, 0.125]
+
+
+@pytest.mark.parametrize(("least", "confidences"), [(0.12, [0.18, 0.125]), (0.15, [0.18]), (0.2, [])])
+def test_an_action_that_the_model_is_not_sure_of_is_not_done(least, confidences):
+    found = unsure(msgspec.structs.replace(SCHEMA, min_confidence=least))
+    found.push(ids("Warmer.", "<|say|>", "Opening.", "<|end|>"))
+    found.finish()
+    assert [action.confidence for action in found.actions] == confidences
+    assert found.dropped_actions == 2 - len(confidences)
+    assert (SCHEMA.failure in found.text) == (found.dropped_actions > 0)
 
 
 def test_confidence_of_what_the_model_found_impossible_is_zero():
