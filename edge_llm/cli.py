@@ -1,4 +1,4 @@
-"""The ``edge-llm`` command: serve · ask · demo · bench · tune · doctor · prepare · cache · feedback.
+"""The ``edge-llm`` command: serve · ask · demo · bench · tune · doctor · prepare · install · cache · feedback.
 
 Exit status: 0 done, 1 a check or an answer failed, 2 bad input or configuration.
 """
@@ -80,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "prepare", _prepare, "build the device-local copy of a bundle's graph now")
 
+    install = _command(commands, "install", _install, "make it a systemd service of this machine, or remove that again")
+    install.add_argument("--uninstall", action="store_true", help="remove what was installed; changed files are kept")
+    install.add_argument("--dry-run", action="store_true", help="only show what would be done")
+    install.add_argument("--yes", action="store_true", help="do not ask")
+    install.add_argument(
+        "--root", type=Path, default=Path("/"), metavar="DIR", help="install into this folder, which is to become a /"
+    )
+    install.add_argument(
+        "--command",
+        metavar="PATH",
+        help="the program to start (default: this one; with --root, /opt/edge-llm/bin/edge-llm)",
+    )
+
     about_cache = "show or remove what is kept of earlier queries"
     cache = commands.add_parser("cache", help=about_cache, description=about_cache.capitalize())
     cache_commands = cache.add_subparsers(required=True, metavar="COMMAND")
@@ -120,6 +133,19 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
 
 def settings(args: argparse.Namespace) -> Config:
     """The configuration of a command: every layer from the device file to the flags."""
+    flags = _flags(args)
+    # The device's name may itself come from any layer, so it is read first.
+    first = load_config(config_file=args.config, environ=os.environ, flags=flags)
+    named = args.device or first.device
+    if named == "auto":
+        named = detect_board().device
+    flags["device"] = named
+    layer = merge(device_layer(named), tuned_layer(cache_dir(first), named))
+    return load_config(device_layer=layer, config_file=args.config, environ=os.environ, flags=flags)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings on the command line, nested like ``Config``."""
     flags: dict[str, Any] = {"mqtt": {}}
     for table, key in (
         (flags, "bundle"),
@@ -130,14 +156,7 @@ def settings(args: argparse.Namespace) -> Config:
             table[key] = getattr(args, key)
     for assignment in args.set:
         _assign(flags, assignment)
-    # The device's name may itself come from any layer, so it is read first.
-    first = load_config(config_file=args.config, environ=os.environ, flags=flags)
-    named = args.device or first.device
-    if named == "auto":
-        named = detect_board().device
-    flags["device"] = named
-    layer = merge(device_layer(named), tuned_layer(cache_dir(first), named))
-    return load_config(device_layer=layer, config_file=args.config, environ=os.environ, flags=flags)
+    return flags
 
 
 def _assign(flags: dict[str, Any], assignment: str) -> None:
@@ -243,6 +262,28 @@ def _prepare(args: argparse.Namespace) -> int:
     path = prepared_graph(bundle, cpu_graph(config.engine, bundle.manifest).target, cache_dir(config))
     print(f"prepared: {path.parent}")
     return 0
+
+
+def _install(args: argparse.Namespace) -> int:
+    from edge_llm.install_command import InstallOptions, install, uninstall
+
+    configure_logging("error", "text")
+    flags = {key: value for key, value in _flags(args).items() if value != {}}
+    if args.device is not None:
+        flags["device"] = args.device
+    options = InstallOptions(
+        root=args.root.resolve(),
+        flags=flags,
+        config_file=args.config,
+        command=args.command,
+        dry_run=args.dry_run,
+        yes=args.yes,
+    )
+    if args.uninstall:
+        if flags or args.config or args.command:
+            raise ConfigError("--uninstall needs no settings: it removes what was recorded")
+        return uninstall(options)
+    return install(options)
 
 
 def _cache_info(args: argparse.Namespace) -> int:

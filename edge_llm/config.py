@@ -24,6 +24,9 @@ else:
     import tomli as tomllib
 
 ENV_PREFIX: Final = "EDGE_LLM_"
+# Names of systemd credentials; see credentials(7).
+PASSWORD_CREDENTIAL: Final = "mqtt-password"
+KEY_CREDENTIAL: Final = "mqtt-key"
 NAME_PATTERN: Final = "^[A-Za-z0-9_-]{1,64}$"
 
 Count = Annotated[int, Meta(ge=1)]
@@ -219,13 +222,14 @@ def load_config(
     Args:
         device_layer: a parsed device file (device/profile.py).
         config_file: a TOML file, if the user named one.
-        environ: the environment; only ``EDGE_LLM_*`` is read.
+        environ: the environment; only ``EDGE_LLM_*`` is read, and where systemd has put credentials.
         flags: settings from the command line, nested like ``Config``.
 
     Raises:
         ConfigError: a key is unknown or a value is wrong; the message names both and the source.
     """
     layers: list[tuple[str, Mapping[str, Any]]] = [("device file", device_layer or {})]
+    layers.append(("credentials", _credentials_layer(environ or {})))
     if config_file is not None:
         layers.append((str(config_file), read_toml(Path(config_file))))
     layers.append(("environment", _environ_layer(environ or {})))
@@ -282,6 +286,25 @@ def user_cache_dir() -> Path:
     """The user's cache folder for this program (XDG base directory specification)."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "edge-llm"
+
+
+def _credentials_layer(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The secrets that systemd hands over (LoadCredential= of the unit)."""
+    mqtt: dict[str, Any] = {}
+    if (folder := environ.get("CREDENTIALS_DIRECTORY")) is not None:
+        if (password := _credential(Path(folder, PASSWORD_CREDENTIAL))) is not None:
+            mqtt["password_file"] = password
+        if (key := _credential(Path(folder, KEY_CREDENTIAL))) is not None:
+            mqtt["tls"] = {"key_file": key}
+    return {"mqtt": mqtt} if mqtt else {}
+
+
+def _credential(path: Path) -> str | None:
+    """Its path; None if it is missing or blank, which is how the unit says that there is none."""
+    try:
+        return str(path) if path.read_bytes().strip() else None
+    except OSError:
+        return None
 
 
 def _environ_layer(environ: Mapping[str, str]) -> dict[str, Any]:

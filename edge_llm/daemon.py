@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import platform
 import signal
 import threading
@@ -17,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from edge_llm import __version__
+from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
 from edge_llm.device.memory import limit_malloc_arenas
 from edge_llm.engine.loading import LoadedModel, load_model
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.feedback import FeedbackRecorder
 from edge_llm.mqtt.gateway import Gateway
+from edge_llm.notify import Notifier, Watchdog, watchdog_timeout_s
 from edge_llm.serving.caches import Caches, open_caches
 from edge_llm.serving.failover import Failover
 from edge_llm.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from edge_llm.bundle.manifest import Bundle
     from edge_llm.config import Config
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
+# What loading takes beside preparing, at the very most.
+_LOAD_TIMEOUT_S = 300.0
 _SIGNAL_TICK_S = 0.5
 
 
@@ -53,20 +58,30 @@ def serve(config: Config, bundle: Bundle) -> int:
     limit_malloc_arenas(2)
     metrics = Metrics()
     gateway = Gateway(config, metrics)
+    notifier = Notifier.from_environ(os.environ)
+
+    def report(state: Any) -> None:
+        gateway.set_state(state, bundle=bundle.manifest.name)
+        notifier.status(f"{state} {bundle.manifest.name}")
+        if state == "preparing":
+            notifier.extend_start(BUILD_TIMEOUT_S + _LOAD_TIMEOUT_S)
+
     with _stop_signals() as stop:
         try:
-            gateway.set_state("loading", bundle=bundle.manifest.name)
+            report("loading")
             gateway.start()
-            scheduler, caches = _start_scheduler(config, bundle, gateway, metrics)
+            scheduler, caches = _start_scheduler(config, bundle, gateway, metrics, report)
             stop.arm()
         except _StopRequested:
+            notifier.stopping("stopped while loading")
             gateway.close(CLOSE_TIMEOUT_S)
             return 0
         except BaseException:
             gateway.close(CLOSE_TIMEOUT_S)
             raise
-        stop.wait()
+        _watch(stop, notifier, gateway, scheduler)
         _log.info("stopping: finishing what was accepted; a second signal cuts it short")
+        notifier.stopping("draining")
         gateway.set_state("draining")
         if not scheduler.drain(config.serving.drain_timeout_s, hurry=stop.hurry):
             _log.warning("some queries did not finish and were cancelled")
@@ -75,10 +90,27 @@ def serve(config: Config, bundle: Bundle) -> int:
     return 0
 
 
-def _start_scheduler(config: Config, bundle: Bundle, gateway: Gateway, metrics: Metrics) -> tuple[Scheduler, Caches]:
-    def report(state: Any) -> None:
-        gateway.set_state(state, bundle=bundle.manifest.name)
+def _watch(stop: _StopFlag, notifier: Notifier, gateway: Gateway, scheduler: Scheduler) -> None:
+    """Tell systemd that we serve, and that our threads move, until a signal comes."""
+    heartbeats = {"mqtt-link": gateway.link.heartbeat, "engine": scheduler.heartbeat}
+    watchdog = Watchdog(notifier, heartbeats, watchdog_timeout_s(os.environ))
 
+    def tick() -> None:
+        watchdog.tick()
+        notifier.status(_status(gateway))
+
+    # The model has answered; the broker may come later.
+    notifier.ready(_status(gateway))
+    stop.wait(tick, _SIGNAL_TICK_S if watchdog.interval_s is None else min(_SIGNAL_TICK_S, watchdog.interval_s / 2))
+
+
+def _status(gateway: Gateway) -> str:
+    return "online" if gateway.link.connected else f"online; {gateway.link.trouble or 'connecting to the broker'}"
+
+
+def _start_scheduler(
+    config: Config, bundle: Bundle, gateway: Gateway, metrics: Metrics, report: Callable[[str], None]
+) -> tuple[Scheduler, Caches]:
     model = load_model(bundle, config, on_state=report)
     generation = bundle.manifest.generation
     caches = open_caches(model, config, metrics)
@@ -195,12 +227,12 @@ class _StopFlag:
         """From now on a signal only sets the flag."""
         self._armed = True
 
-    def wait(self) -> None:
-        """Wait for a signal."""
+    def wait(self, tick: Callable[[], None], tick_s: float) -> None:
+        """Wait for a signal; call ``tick`` every ``tick_s`` seconds."""
         # With a timeout: Python runs handlers on the main thread, but the kernel may hand the signal to another one,
         # and that does not end a wait without a timeout.
-        while not self._event.wait(_SIGNAL_TICK_S):
-            pass
+        while not self._event.wait(tick_s):
+            tick()
 
     def handle(self, signal_number: int, _frame: Any) -> None:
         """The signal handler."""

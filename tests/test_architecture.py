@@ -11,12 +11,13 @@ ROOT = Path(__file__).parent.parent
 # Lower packages know nothing of the ones above them.
 LAYERS = [
     {"cli", "__main__"},
-    {"daemon", "demo", "ask", "doctor", "bench", "tune", "cache_command", "feedback_command"},
-    {"local_broker"},
+    {"daemon", "demo", "ask", "doctor", "bench", "tune", "cache_command", "feedback_command", "install_command"},
+    {"local_broker", "installation"},
+    {"unit_files"},
     {"mqtt", "serving"},
     {"cache", "engine", "domain"},
     {"bundle", "device"},
-    {"config", "errors", "logs", "metrics", "arguments"},
+    {"config", "errors", "logs", "metrics", "notify", "arguments"},
 ]
 WORKSTATION_ONLY = {"export", "torch", "transformers", "optimum", "onnx", "gguf", "safetensors"}
 

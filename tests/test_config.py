@@ -78,3 +78,20 @@ def test_every_device_file_is_valid():
 def test_an_unknown_device_lists_the_known_ones():
     with pytest.raises(ConfigError, match="there are: default"):
         device_layer("toaster")
+
+
+def test_secrets_that_systemd_hands_over_are_used_unless_others_are_named(tmp_path):
+    (tmp_path / "mqtt-password").write_text("secret")
+    (tmp_path / "mqtt-key").write_text("key")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    mqtt = load_config(environ=environ).mqtt
+    assert mqtt.password_file == str(tmp_path / "mqtt-password")
+    assert mqtt.tls.key_file == str(tmp_path / "mqtt-key")
+    mqtt = load_config(environ=environ, flags={"mqtt": {"password_file": "/mine", "tls": {"enabled": True}}}).mqtt
+    assert mqtt.password_file == "/mine"
+    assert mqtt.tls.key_file == str(tmp_path / "mqtt-key")
+
+
+def test_a_secret_that_is_missing_or_blank_is_none(tmp_path):
+    (tmp_path / "mqtt-password").write_text("\n")
+    assert load_config(environ={"CREDENTIALS_DIRECTORY": str(tmp_path)}) == Config()

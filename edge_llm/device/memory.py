@@ -60,7 +60,8 @@ def available_memory(root: Path = Path("/")) -> Available | None:
         limit = read_int(folder / limit_name)  # None where it says "max"
         usage = read_int(folder / usage_name)
         if limit is not None and usage is not None:
-            bounds.append(Available(max(0, limit - usage), f"the limit of control group {folder.name}"))
+            left = limit - usage + _reclaimable(folder)
+            bounds.append(Available(min(limit, max(0, left)), f"the limit of control group {folder.name}"))
     return min(bounds, default=None)
 
 
@@ -83,6 +84,15 @@ def check_memory(needs: dict[str, int], root: Path = Path("/")) -> None:
         f"this needs {_megabytes(total)} MB of memory ({terms}), and {_megabytes(available.nbytes)} MB are left "
         f"({available.source}). Set fewer engine.slots, a smaller engine.context or cache.max_bytes, or free some"
     )
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files that nothing has read lately: counted as used, and given up before the limit bites."""
+    stat = read_text(group / "memory.stat") or ""
+    found = re.search(r"^total_inactive_file (\d+)$", stat, re.MULTILINE) or re.search(
+        r"^inactive_file (\d+)$", stat, re.MULTILINE
+    )
+    return int(found[1]) if found else 0
 
 
 def _megabytes(nbytes: int) -> str:

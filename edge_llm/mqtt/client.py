@@ -36,6 +36,7 @@ from edge_llm.mqtt.connection import (
 )
 from edge_llm.mqtt.in_flight import MAX_HANG_UPS, InFlight
 from edge_llm.mqtt.wakeup import Wakeup
+from edge_llm.notify import Heartbeat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +55,8 @@ _WINDOW: Final = 20
 # So many connections in a row that each lasted no longer than this look like two clients of one name.
 _SUSPICIOUS: Final = 3
 _SHORT_S: Final = 6.0
+# While there is no connection, the thread stirs this often.
+_PAUSE_TICK_S: Final = 1.0
 _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -71,6 +74,9 @@ class MqttLink:
             the end. It must not block.
         on_connected: called on the link's thread after each connection, once subscriptions have been asked for.
         metrics: counts what is sent, refused and lost.
+
+    Attributes:
+        heartbeat: touched by the link's thread, every few seconds unless an attempt to connect takes longer.
 
     Raises:
         ConfigError: the password or TLS files cannot be used.
@@ -108,6 +114,7 @@ class MqttLink:
         self._wakeup = Wakeup()
         self._short_connections = 0
         self._trouble: str | None = None
+        self.heartbeat = Heartbeat()
         self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
 
     # -- for every thread ---------------------------------------------------------------------------------------------
@@ -187,9 +194,15 @@ class MqttLink:
             # A connection that stood for a while was a good one; one that did not must not be hammered.
             if self._connack_seen and lasted_s > self._config.reconnect_max_s:
                 attempt = 0
-            self._closing.wait(_backoff_s(attempt, self._config))
+            self._pause(_backoff_s(attempt, self._config))
             attempt += 1
         self._wakeup.close()
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self.heartbeat.beat()
+        while (left_s := until - time.monotonic()) > 0 and not self._closing.wait(min(left_s, _PAUSE_TICK_S)):
+            self.heartbeat.beat()
 
     def _connect_and_serve(self) -> None:
         self._connack_seen = self._accepted = False
@@ -235,6 +248,7 @@ class MqttLink:
         # Often enough to notice a missing PINGRESP; nothing else needs a tick.
         tick_ms = int(1000 * min(5.0, self._config.keepalive_s / 4))
         while client.socket() is not None:
+            self.heartbeat.beat()
             self._write(client)
             if client.socket() is None or self._finished_closing(client):
                 return

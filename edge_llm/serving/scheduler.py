@@ -20,6 +20,7 @@ from edge_llm.engine.prompt import Message
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.engine.text_stream import TextStream
 from edge_llm.errors import RequestError
+from edge_llm.notify import Heartbeat
 from edge_llm.serving.active import ActiveRequest, deliver, refuse
 from edge_llm.serving.caches import Caches, no_caches
 from edge_llm.serving.prefetch import Prefetcher
@@ -48,6 +49,8 @@ _FIRST_TEXT_PAUSE_S = 0.001
 # Idle for so long, the buffers that prefills have left in the C library go back to the system.
 _TRIM_AFTER_S = 0.2
 _MAX_ANSWERED = 256
+# Another provider may have to be prepared first, which takes minutes on the slowest boards.
+_LOAD_TIMEOUT_S = 1800.0
 
 
 class Scheduler:
@@ -64,6 +67,7 @@ class Scheduler:
 
     Attributes:
         failover: goes on with another provider when this one fails; None never does. Set it before ``start``.
+        heartbeat: touched by the engine thread between two runs of the engine, and once a second when it is idle.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._draining = False
         self._stopping = False
+        self.heartbeat = Heartbeat()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from any thread -------------------------------------------------------------------------------------------
@@ -215,6 +220,7 @@ class Scheduler:
         trim_at: float | None = time.monotonic() + _TRIM_AFTER_S
         worked = True
         while True:
+            self.heartbeat.beat()
             # Worked out before the lock is taken: it may look at sensors, and the network's thread must not wait.
             due_in_s = 0.0 if worked else self._prefetch.due_in_s(IDLE_TICK_S if trim_at is None else _TRIM_AFTER_S)
             with self._changed:
@@ -391,6 +397,7 @@ class Scheduler:
         self._prefetch.close()
         for active in interrupted:
             self._drop(active, keep=False)
+        self.heartbeat.excuse(_LOAD_TIMEOUT_S)
         if not self.failover.go_on(fault):
             self.failover = None
             for active in interrupted:

@@ -16,6 +16,8 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 MEMINFO = {"proc/meminfo": "MemTotal: 8000000 kB\nMemFree: 100 kB\nMemAvailable:   2000000 kB\nSwapTotal: 9 kB\n"}
+SERVICE = "sys/fs/cgroup/system.slice/edge-llm.service"
+STAT = "anon 40000000\nfile 60000000\ninactive_file 50000000\nactive_file 10000000\n"
 V2 = {
     "proc/self/cgroup": "0::/system.slice/edge-llm.service\n",
     "sys/fs/cgroup/system.slice/edge-llm.service/memory.max": "700000000\n",
@@ -37,6 +39,8 @@ V1 = {
         ({**MEMINFO, **V2}, 600_000_000, "the limit of control group edge-llm.service"),
         ({**MEMINFO, **V1}, 450_000_000, "the limit of control group abc"),
         (V2, 600_000_000, "the limit of control group edge-llm.service"),
+        ({**V2, f"{SERVICE}/memory.stat": STAT}, 650_000_000, "the limit of control group edge-llm.service"),
+        ({**V2, f"{SERVICE}/memory.stat": "garbage"}, 600_000_000, "the limit of control group edge-llm.service"),
         ({**V2, "sys/fs/cgroup/system.slice/memory.max": "80"}, 75, "the limit of control group system.slice"),
     ],
 )

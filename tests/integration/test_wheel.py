@@ -50,6 +50,7 @@ def test_the_wheel_carries_the_device_side_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "edge_llm/device_configs/default.toml" in names
     assert "edge_llm/py.typed" in names
+    assert {"edge_llm/systemd/edge-llm.service", "edge_llm/systemd/edge-llm-gpu.conf"} <= set(names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"edge_llm"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import subprocess
 
 import pytest
@@ -11,8 +12,10 @@ from edge_llm.config import Config, MqttConfig, TlsConfig
 from edge_llm.errors import ConfigError
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.asking import Asker, BrokerUnreachableError
+from edge_llm.mqtt.connection import Credentials
 from edge_llm.mqtt.gateway import Gateway
 from tests.brokers import Mosquitto, wait_for
+from tests.certificates import CertificateAuthority
 from tests.mqtt.fakes import WAIT_S, RunningGateway
 
 pytestmark = pytest.mark.broker
@@ -44,6 +47,7 @@ def guarded(tmp_path):
 def _secret(folder, text):
     path = folder / f"secret-{len(text)}"
     path.write_text(text)
+    path.chmod(0o600)
     return str(path)
 
 
@@ -110,20 +114,11 @@ def test_files_that_cannot_be_used_are_named(settings):
 
 @pytest.fixture
 def certificates(tmp_path):
-    """A CA, a certificate of 127.0.0.1 and one of a client."""
-
-    def openssl(*arguments):
-        subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, cwd=tmp_path)
-
-    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA",
-            "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
-    for name, extension in (("server", "subjectAltName=IP:127.0.0.1"), ("client", "extendedKeyUsage=clientAuth")):
-        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        (tmp_path / "extension").write_text(extension)
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-                "-out", f"{name}.pem", "-days", "2", "-extfile", "extension")  # fmt: skip
-    return tmp_path
+    """A folder with a CA, a certificate of 127.0.0.1 and one of a client."""
+    authority = CertificateAuthority(tmp_path / "certificates")
+    authority.issue_server()
+    authority.issue("client")
+    return authority.folder
 
 
 def test_tls_with_certificates_on_both_sides(certificates, tmp_path):
@@ -151,3 +146,37 @@ def test_tls_with_certificates_on_both_sides(certificates, tmp_path):
             Asker(MqttConfig(host="localhost", port=broker.port, tls=tls)).connect(2.0)
     finally:
         broker.stop()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o602, 0o666])
+def test_a_secret_that_is_open_to_all_is_refused(certificates, tmp_path, mode):
+    password, key = tmp_path / "password", certificates / "client.key"
+    password.write_text("secret")
+    both = certificates / "both.pem"
+    both.write_text((certificates / "client.pem").read_text() + key.read_text())
+    for path in (password, key, both):
+        path.chmod(mode)
+    cert_file = str(certificates / "client.pem")
+    for name, settings in (
+        ("mqtt.password_file", {"username": "ann", "password_file": str(password)}),
+        ("mqtt.tls.key_file", {"tls": TlsConfig(enabled=True, cert_file=cert_file, key_file=str(key))}),
+        ("mqtt.tls.cert_file", {"tls": TlsConfig(enabled=True, cert_file=str(both))}),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}.*mode 0{mode:o}.*chmod 600"):
+            Credentials.load(MqttConfig(**settings))
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640])
+def test_a_secret_of_its_owner_or_a_group_is_taken(tmp_path, mode):
+    path = tmp_path / "password"
+    path.write_text("secret\n")
+    path.chmod(mode)
+    assert Credentials.load(MqttConfig(username="ann", password_file=str(path))).password == "secret"
+
+
+def test_tls_is_new_enough_and_checks_whom_it_talks_to(certificates):
+    tls = TlsConfig(enabled=True, ca_file=str(certificates / "ca.pem"))
+    context = Credentials.load(MqttConfig(tls=tls)).tls
+    assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
+    assert context.check_hostname
+    assert context.verify_mode == ssl.CERT_REQUIRED

@@ -133,3 +133,20 @@ def test_without_another_provider_the_query_fails_and_the_next_is_tried():
     assert second.terminal[0].text == expected("where")
     assert bench.told == []
     assert bench.scheduler.load["active"] == 0
+
+
+def test_the_watchdog_waits_while_the_next_provider_is_loaded_and_no_longer():
+    excused: list[bool] = []
+
+    def load():
+        heartbeat = bench.scheduler.heartbeat
+        excused.append(heartbeat.has_moved(since=heartbeat.count))
+        return bench.found
+
+    bench = Bench(load)
+    bench.gpu.fail_next = GPU_FAULT
+    bench.run(bench.ask("how far is it", "a"))
+    assert excused == [True]
+    heartbeat = bench.scheduler.heartbeat
+    heartbeat.beat()
+    assert not heartbeat.has_moved(since=heartbeat.count)
