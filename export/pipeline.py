@@ -99,6 +99,7 @@ class ExportOptions:
         generation: defaults that take the place of the checkpoint's, as fields of ``GenerationDefaults``.
         vocabulary: the most tokens to keep, and the UTF-8 text whose tokens come first; None keeps all.
         domain: of a model that was distilled for a domain.
+        report: more of quality.json.
     """
 
     out: Path
@@ -114,6 +115,7 @@ class ExportOptions:
     generation: Mapping[str, float] = field(default_factory=dict)
     vocabulary: tuple[int, Path] | None = None
     domain: DomainParts | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
 
     def perplexity_limit(self, weights: WeightFormat) -> float:
         """The limit of one target."""
@@ -156,6 +158,7 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
         if CPU_FP32 not in options.targets:
             shutil.rmtree(_graph_folder(folder, CPU_FP32))
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
+        report |= options.report
         if options.domain is not None:
             report |= options.domain.report
             (folder / DOMAIN_FILE).write_bytes(encode_domain(options.domain.schema))

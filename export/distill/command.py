@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from edge_llm.arguments import positive_int
+from edge_llm.arguments import non_negative, positive_int
 from export.distill.losses import LossWeights
 from export.distill.recipe import DistilOptions, distil
 from export.distill.student import StudentShape
+from export.distill.text_recipe import TextOptions, distil_text
 from export.distill.train import TrainSettings
 from export.errors import ExportError
 from export.packs.extra import add_extra
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
     from edge_llm.arguments import OneLineParser
     from edge_llm.bundle.manifest import Manifest
 
+_DEFAULT_VOCABULARY: Final = 8192
 _DEFAULT_TEACHER: Final = "smollm2-135m-instruct"
 
 
 def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     """Add the command to ``python -m export``."""
-    parser = commands.add_parser("distill", help="train a small GPT-2 for a domain pack, and write its bundle")
-    parser.add_argument("--pack", type=Path, required=True, metavar="FOLDER", help="a domain pack")
+    parser = commands.add_parser("distill", help="train a small GPT-2 for a pack or from a text, and write its bundle")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--pack", type=Path, metavar="FOLDER", help="a domain pack")
+    task.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text to distil the teacher on, with no pack")
     parser.add_argument(
         "--teacher",
         default=_DEFAULT_TEACHER,
@@ -43,7 +47,9 @@ def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> N
         metavar="LAYERSxWIDTH",
         help="shape of the student (default 6x384)",
     )
-    parser.add_argument("--vocabulary", type=positive_int, default=8192, metavar="N", help="tokens (default 8192)")
+    parser.add_argument(
+        "--vocabulary", type=positive_int, metavar="N", help="tokens (default: 8192 for a pack, all of them for a text)"
+    )
     parser.add_argument("--context", type=positive_int, default=256, metavar="N", help="positions (default 256)")
     parser.add_argument(
         "--examples", type=positive_int, default=300_000, metavar="N", help="drawn from the pack (default 300000)"
@@ -77,6 +83,22 @@ def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> N
         metavar="R",
         help="share of examples that end a few tokens into their text, which leaves time for more (default 0.7)",
     )
+    parser.add_argument(
+        "--hidden-weight",
+        type=non_negative,
+        default=0.0,
+        metavar="R",
+        help="with --text: how much the cosine distance of the last hidden states counts, for a student as wide as its "
+        "teacher (default 0; DistilGPT2 has 1)",
+    )
+    parser.add_argument(
+        "--compare-seeds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --text: train N students with the teacher and N without it, and write what it is worth into "
+        "quality.json (default 0: do not)",
+    )
     parser.add_argument("--batch-tokens", type=positive_int, default=2048, metavar="N", help="a step (default 2048)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of the student (default 0.001)")
     parser.add_argument(
@@ -89,6 +111,10 @@ def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> N
 
 def run_distill(arguments: argparse.Namespace) -> Manifest:
     """Train and export. Raises ``ExportError`` for anything wrong with the input."""
+    if arguments.text is not None:
+        return distil_text(_text_options(arguments))
+    if arguments.hidden_weight or arguments.compare_seeds:
+        raise ExportError("--hidden-weight and --compare-seeds go with --text")
     pack = load_pack(arguments.pack)
     if arguments.extra is not None:
         pack = add_extra(pack, arguments.extra)
@@ -120,13 +146,40 @@ def _options(arguments: argparse.Namespace) -> DistilOptions:
         work=arguments.work,
         settings=settings,
         student=arguments.student,
-        vocabulary=arguments.vocabulary,
+        vocabulary=arguments.vocabulary or _DEFAULT_VOCABULARY,
         context=arguments.context,
         examples=arguments.examples,
         teacher_settings=teacher_settings if learns else None,
         rephrased=arguments.rephrase,
         echo_every=arguments.echo_every,
         cut_share=arguments.cut_share,
+        seed=arguments.seed,
+        name=arguments.name,
+        version=arguments.bundle_version,
+    )
+
+
+def _text_options(arguments: argparse.Namespace) -> TextOptions:
+    if arguments.teacher_steps or arguments.rephrase or arguments.echo_every or arguments.extra is not None:
+        raise ExportError("--teacher-steps, --rephrase, --echo-every and --extra go with --pack")
+    return TextOptions(
+        teacher=arguments.teacher,
+        text=arguments.text,
+        out=arguments.out,
+        work=arguments.work,
+        settings=TrainSettings(
+            steps=arguments.steps,
+            batch_tokens=arguments.batch_tokens,
+            learning_rate=arguments.learning_rate,
+            seed=arguments.seed,
+            # Every token of a text counts alike.
+            loss=LossWeights(cross_entropy=0.5, divergence=0.5),
+        ),
+        student=arguments.student,
+        vocabulary=arguments.vocabulary,
+        context=arguments.context,
+        hidden_weight=arguments.hidden_weight,
+        compare_seeds=arguments.compare_seeds,
         seed=arguments.seed,
         name=arguments.name,
         version=arguments.bundle_version,

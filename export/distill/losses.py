@@ -2,7 +2,8 @@
 
 The recipe is DistilBERT's and DistilGPT2's (Sanh et al. 2019, arXiv:1910.01108; transformers' research project
 ``distillation``): cross entropy with the text, Kullback-Leibler divergence from the teacher at a temperature, scaled by
-its square (Hinton et al. 2015, arXiv:1503.02531).
+its square (Hinton et al. 2015, arXiv:1503.02531), and the cosine distance of the last hidden states, for a student of
+the teacher's width.
 """
 
 from __future__ import annotations
@@ -32,12 +33,41 @@ class LossWeights:
     prompt: float = 0.1
 
 
-def batch_loss(model: Any, batch: Batch, weights: LossWeights, predictions: Predictions | None) -> tuple[Any, float]:
+@dataclass(frozen=True)
+class HiddenStates:
+    """The teacher's last hidden states, computed as they are needed: they are too large to keep.
+
+    Attributes:
+        teacher: a transformers model of the student's width and vocabulary.
+        weight: how much their cosine distance counts.
+    """
+
+    teacher: Any
+    weight: float
+
+    def loss(self, student_hidden: Any, input_ids: Any, predicting: Any) -> Any:
+        """Mean cosine distance over the positions that predict something."""
+        import torch
+
+        with torch.no_grad():
+            wanted = self.teacher.base_model(input_ids)[0]
+        ours, theirs = (states.reshape(-1, states.shape[-1])[predicting].float() for states in (student_hidden, wanted))
+        return self.weight * (1 - torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)).mean()
+
+
+def batch_loss(
+    model: Any,
+    batch: Batch,
+    weights: LossWeights,
+    predictions: Predictions | None,
+    hidden_states: HiddenStates | None = None,
+) -> tuple[Any, float]:
     """The loss of a batch as a torch scalar, and its mean cross entropy over answers in nats."""
     import torch
 
-    hidden = model.base_model(torch.from_numpy(batch.input_ids))[0]
-    rows = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(batch.predicting)]
+    input_ids, predicting = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.predicting)
+    hidden = model.base_model(input_ids)[0]
+    rows = hidden.reshape(-1, hidden.shape[-1])[predicting]
     logits = model.lm_head(rows).float()
     targets = torch.from_numpy(batch.targets)
     is_answer = torch.from_numpy(batch.is_answer)
@@ -48,6 +78,8 @@ def batch_loss(model: Any, batch: Batch, weights: LossWeights, predictions: Pred
     if predictions is not None and weights.divergence:
         divergence = _divergence(logits / weights.temperature, predictions) * weights.temperature**2
         loss = loss + weights.divergence * (divergence * position_weights).sum()
+    if hidden_states is not None:
+        loss = loss + hidden_states.loss(hidden, input_ids, predicting)
     return loss, float(cross_entropy.detach()[is_answer].mean()) if bool(is_answer.any()) else 0.0
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from export.distill.corpus import Corpus
+    from export.distill.losses import HiddenStates
     from export.distill.teacher import TeacherCache
 
 _CURVE_FIELDS: Final = ("step", "loss", "answer_cross_entropy", "learning_rate", "tokens_per_s")
@@ -69,6 +70,7 @@ class Trainer:
         folder: checkpoint and loss curve.
         targets: the teacher's predictions for this corpus, if the loss needs them.
         origin: says which model it is and where its weights come from; another one's checkpoint is refused.
+        hidden_states: the teacher's, if the loss needs them.
 
     Raises:
         ExportError: the folder's checkpoint is damaged, or is of another run.
@@ -82,6 +84,7 @@ class Trainer:
         folder: Path,
         targets: TeacherCache | None = None,
         origin: str = "",
+        hidden_states: HiddenStates | None = None,
     ) -> None:
         import torch
 
@@ -91,6 +94,7 @@ class Trainer:
         self._settings = settings
         self._folder = folder
         self._targets = targets
+        self._hidden_states = hidden_states
         self._order = BatchOrder(corpus, settings.batch_tokens, settings.seed)
         self._curve: list[dict[str, float]] = []
         self._window: list[tuple[float, float]] = []  # loss and cross entropy of the steps since the curve's last point
@@ -101,6 +105,7 @@ class Trainer:
             "corpus": corpus.digest,
             "teacher": targets and targets.key.digest,
             "model": origin,
+            "hidden": hidden_states.weight if hidden_states is not None else 0.0,
         }
         for free in ("steps", "checkpoint_s"):
             del self._identity[free]
@@ -175,7 +180,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(self.step, settings)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, cross_entropy = batch_loss(self.model, batch, settings.loss, predictions)
+            loss, cross_entropy = batch_loss(self.model, batch, settings.loss, predictions, self._hidden_states)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)

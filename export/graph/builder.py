@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_llm.bundle import graph_io
 from export.errors import ExportError
+from export.graph.io import declare_io, declare_static_io, prefill_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_llm.bundle.manifest import ModelDims
+    from export.graph.io import DeclaredIO
     from export.graph.weights import WeightFormat
 
-IR_VERSION: Final = 10
 CONTRIB: Final = "com.microsoft"
 MODEL_FILE: Final = "model.onnx"
+PREFILL_FILE: Final = "prefill.onnx"
 DATA_FILE: Final = "model.onnx.data"
 # Smaller tensors (shapes, norms of a tiny model) stay inside model.onnx, where shape inference can see them.
 _INLINE_BYTES: Final = 1024
@@ -31,6 +32,14 @@ _INLINE_BYTES: Final = 1024
 _PAGE_BYTES: Final = 4096
 # ONNX Runtime registers these in the default domain, where the ONNX checker does not know them.
 _UNCHECKED_OPS: Final = frozenset({"SimplifiedLayerNormalization"})
+_DESCRIPTION: Final = (
+    "One step of a decoder with a static key-value cache, appended in place; inputs and outputs are described in "
+    "edge_llm/bundle/graph_io.py."
+)
+_STATIC_DESCRIPTION: Final = (
+    "One decode step, or one prefill chunk, of a decoder with a static key-value cache and only static shapes; inputs "
+    "and outputs are described in edge_llm/bundle/graph_io.py."
+)
 
 
 class GraphBuilder:
@@ -74,7 +83,18 @@ class GraphBuilder:
             ExportError: a value is too large for that type.
         """
         assert name not in self._initializers, f"initializer {name} added twice"
-        array = np.ascontiguousarray(self._in_own_type(name, array) if array.dtype == np.float32 else array)
+        return self._store(name, self._in_own_type(name, array) if array.dtype == np.float32 else array)
+
+    def constant(self, name: str, array: NDArray[Any]) -> str:
+        """Add a constant tensor of its own type, which several nodes may ask for by the same name; returns the name."""
+        return name if name in self._initializers else self._store(name, array)
+
+    def shape(self, *sizes: int) -> str:
+        """A shape for ``Reshape``, or sizes for ``Split``: 0 keeps a dimension, -1 is what is left."""
+        return self.constant(f"shape.{'x'.join(map(str, sizes))}", np.array(sizes, np.int64))
+
+    def _store(self, name: str, array: NDArray[Any]) -> str:
+        array = np.ascontiguousarray(array)
         if array.nbytes < _INLINE_BYTES:
             self._initializers[name] = numpy_helper.from_array(array, name)
             return name
@@ -104,35 +124,44 @@ class GraphBuilder:
         return converted
 
     def save(self, dims: ModelDims, *, takes_positions: bool, metadata: Mapping[str, str]) -> Path:
-        """Write model.onnx beside its data file, after the ONNX checker has passed it.
+        """Write model.onnx, and prefill.onnx for a static form, beside the data file that they share.
 
         Args:
             dims: the model's shape.
-            takes_positions: whether the graph has the ``position_ids`` input.
-            metadata: entries for the model's ``metadata_props``.
+            takes_positions: whether the graph has the ``position_ids`` input; a static one always has.
+            metadata: entries for the models' ``metadata_props``.
 
         Returns:
             The path of model.onnx.
         """
         self._data.close()
-        cache_type = helper.np_dtype_to_tensor_dtype(np.dtype(self.weights.float_type))
-        inputs, outputs = _declare_io(dims, cache_type, takes_positions=takes_positions)
+        model_path = self.folder / MODEL_FILE
+        if not self.weights.is_static:
+            self._write(model_path, dims, declare_io(dims, self.weights, takes_positions=takes_positions), metadata)
+            return model_path
+        # No node depends on the number of tokens, so that two declarations of the same nodes are two static graphs.
+        for path, tokens in ((model_path, 1), (self.folder / PREFILL_FILE, prefill_chunk(dims))):
+            self._write(path, dims, declare_static_io(dims, self.weights, tokens), metadata)
+        return model_path
+
+    def _write(self, path: Path, dims: ModelDims, declared: DeclaredIO, metadata: Mapping[str, str]) -> None:
+        """Write one model after the ONNX checker has passed it."""
         graph = helper.make_graph(
             self._nodes,
             f"{dims.architecture}-{self.weights.target}",
-            inputs,
-            outputs,
+            declared.inputs,
+            declared.outputs,
             list(self._initializers.values()),
-            doc_string="One step of a decoder with a static key-value cache, appended in place; inputs and outputs "
-            "are described in edge_llm/bundle/graph_io.py.",
+            doc_string=_STATIC_DESCRIPTION if self.weights.is_static else _DESCRIPTION,
         )
-        opsets = [helper.make_opsetid("", self.weights.kernels.opset), helper.make_opsetid(CONTRIB, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edge-llm")
+        kernels = self.weights.kernels
+        opsets = [helper.make_opsetid("", kernels.opset)]
+        if not self.weights.is_static:
+            opsets.append(helper.make_opsetid(CONTRIB, 1))
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=kernels.ir_version, producer_name="edge-llm")
         helper.set_model_props(model, dict(metadata))
-        path = self.folder / MODEL_FILE
         _check(model, path)
         path.write_bytes(model.SerializeToString(deterministic=True))
-        return path
 
 
 def _check(model: onnx.ModelProto, path: Path) -> None:
@@ -145,26 +174,3 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     # The checker follows external data only from a file.
     path.write_bytes(checked.SerializeToString())
     onnx.checker.check_model(str(path))
-
-
-def _declare_io(
-    dims: ModelDims, cache_type: int, *, takes_positions: bool
-) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-    value = helper.make_tensor_value_info
-    inputs = [value(graph_io.INPUT_IDS, TensorProto.INT64, ["batch", "seq"])]
-    if takes_positions:
-        inputs.append(value(graph_io.POSITION_IDS, TensorProto.INT64, ["batch", "seq"]))
-    inputs += [
-        value(graph_io.SEQLENS_K, TensorProto.INT32, ["batch"]),
-        value(graph_io.TOTAL_SEQUENCE_LENGTH, TensorProto.INT32, []),
-        value(graph_io.LOGIT_INDICES, TensorProto.INT64, ["n"]),
-    ]
-    outputs = [
-        value(graph_io.LOGITS, TensorProto.FLOAT, ["batch", "n", dims.vocab_size]),
-        value(graph_io.NEXT_TOKEN_IDS, TensorProto.INT64, ["batch", "n"]),
-    ]
-    cache_shape: list[str | int | None] = ["batch", dims.num_kv_heads, dims.max_seq_len, dims.head_dim]
-    for layer in range(dims.num_layers):
-        inputs += [value(name, cache_type, cache_shape) for name in graph_io.past_names(layer)]
-        outputs += [value(name, cache_type, cache_shape) for name in graph_io.present_names(layer)]
-    return inputs, outputs

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edge_llm.bundle import graph_io
-from export.graph.weights import tied_head, untied_head
+from export.graph.weights import gemm_head, pad_table, tied_head, untied_head
 
 if TYPE_CHECKING:
     from export.graph.builder import GraphBuilder
@@ -30,7 +30,12 @@ def head(graph: GraphBuilder, hidden: str, tensors: Tensors, embedding_name: str
     is_padded = graph.weights.padded_vocabulary(vocab_size) != vocab_size
     is_final = graph.weights.float_type == "float32" and not is_padded
     scores = graph_io.LOGITS if is_final else "head.scores"
-    if tied and graph.weights.kernels.gathers_blocks:
+    if graph.weights.is_static:
+        table_name = f"{embedding_name}.weight"
+        if not tied:
+            table_name = graph.initializer("lm_head.weight", pad_table(graph, tensors.read("lm_head.weight")))
+        gemm_head(graph, rows, table_name, (graph.weights.padded_vocabulary(vocab_size), hidden_size), scores)
+    elif tied and graph.weights.kernels.gathers_blocks:
         tied_head(graph, rows, (vocab_size, hidden_size), embedding_name, scores)
     else:
         table = tensors.read(f"{embedding_name}.weight" if tied else "lm_head.weight")

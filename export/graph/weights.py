@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from export.graph.builder import GraphBuilder
     from export.tensors import Float32Array
 
+# How a graph attends and appends to its cache: edge_llm/bundle/graph_io.py describes each.
+Form: TypeAlias = Literal["gqa", "scatter", "primitive"]
 # int8 dot products with activations quantised per block; lower levels are several times slower and no better here.
 _ACCURACY_LEVEL: Final = 4
 # The table that every token passes through twice keeps 8 bits in a 4-bit build: it is where 4 bits cost the most.
@@ -36,6 +38,9 @@ class Kernels:
         gathers_blocks: whether embedding rows are read from the blocks that a tied head multiplies with.
         output_multiple: outputs of a linear layer come in multiples of this.
         vocabulary_multiple: the same of the head, whose rows are padded to it.
+        form: how attention is made.
+        ir_version: of the file.
+        min_onnxruntime: the first release with every kernel and option that the graph and its runner use.
     """
 
     opset: int
@@ -44,6 +49,9 @@ class Kernels:
     gathers_blocks: bool
     output_multiple: int
     vocabulary_multiple: int
+    form: Form = "gqa"
+    ir_version: int = 10
+    min_onnxruntime: str = "1.23"
 
 
 CPU_KERNELS: Final = Kernels(
@@ -70,6 +78,24 @@ CUDA_KERNELS: Final = Kernels(
     # The other fast path, fpA_intB, wants 32 for 8 bits and 64 for 4.
     vocabulary_multiple=64,
 )
+# TensorRT takes standard operators and static shapes only; none of it has run on hardware here.
+TENSORRT_KERNELS: Final = Kernels(
+    # The first with TensorScatter, which TensorRT's parser knows since 10.15.
+    opset=24,
+    accuracy_level=0,
+    adds_bias=False,
+    gathers_blocks=False,
+    output_multiple=1,
+    # Tensor cores take 8 halves at a time; 64 fill a tile.
+    vocabulary_multiple=64,
+    form="scatter",
+    ir_version=11,
+    min_onnxruntime="1.24",
+)
+# 10.3, of JetPack 6, parses opsets up to 20; every operator used is in its list since opset 17 or before.
+TENSORRT_PRIMITIVE_KERNELS: Final = replace(
+    TENSORRT_KERNELS, opset=17, form="primitive", ir_version=8, min_onnxruntime="1.23"
+)
 
 
 @dataclass(frozen=True)
@@ -77,16 +103,17 @@ class WeightFormat:
     """How a target stores weights and in what it computes.
 
     Attributes:
-        target: the graph's name in the bundle, ``cpu-int8``, ``cpu-fp32`` or ``cuda``.
-        bits: of the matrices: 8, 4, or 32 for float32.
-        block_size: weights of a layer that share a scale, where the matrix allows it (0 for float32).
+        target: the graph's name in the bundle, ``cpu-int8``, ``cpu-fp32``, ``cuda``, ``tensorrt`` or
+            ``tensorrt-primitive``.
+        bits: of the matrices: 8, 4, or 16 and 32 for floating point.
+        block_size: weights of a layer that share a scale, where the matrix allows it (0 for floating point).
         head_block_size: the same of the embedding and the head.
         float_type: of activations, cache, scales and everything that is no matrix.
         kernels: of the provider that the target is for.
     """
 
     target: str
-    bits: Literal[4, 8, 32]
+    bits: Literal[4, 8, 16, 32]
     block_size: int
     head_block_size: int
     float_type: Literal["float32", "float16"] = "float32"
@@ -95,7 +122,12 @@ class WeightFormat:
     @property
     def is_quantized(self) -> bool:
         """Whether matrices are stored in blocks of integers."""
-        return self.bits < 32
+        return self.bits < 16
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every shape is fixed, in two graphs: one for a decode step, one for a prefill chunk."""
+        return self.kernels.form != "gqa"
 
     def padded_vocabulary(self, vocab_size: int) -> int:
         """Rows of the head."""
@@ -117,6 +149,20 @@ def cpu_int8(bits: Literal[4, 8] = 8, block_size: int = DEFAULT_BLOCK_SIZE) -> W
 def cuda(block_size: int = DEFAULT_BLOCK_SIZE) -> WeightFormat:
     """The ``cuda`` target: float16 around the 8-bit matrices of ``cpu-int8``, integer for integer."""
     return WeightFormat("cuda", 8, block_size, _head_block_size(block_size), "float16", CUDA_KERNELS)
+
+
+def tensorrt(float_type: Literal["float32", "float16"] = "float16") -> WeightFormat:
+    """The ``tensorrt`` target, for TensorRT 10.15 and later; in float32 it is compared with ``cpu-fp32``."""
+    return WeightFormat("tensorrt", _float_bits(float_type), 0, 0, float_type, TENSORRT_KERNELS)
+
+
+def tensorrt_primitive(float_type: Literal["float32", "float16"] = "float16") -> WeightFormat:
+    """The ``tensorrt-primitive`` target, for TensorRT 10.3; in float32 it is compared with ``cpu-fp32``."""
+    return WeightFormat("tensorrt-primitive", _float_bits(float_type), 0, 0, float_type, TENSORRT_PRIMITIVE_KERNELS)
+
+
+def _float_bits(float_type: Literal["float32", "float16"]) -> Literal[16, 32]:
+    return 16 if float_type == "float16" else 32
 
 
 def _head_block_size(block_size: int) -> int:
@@ -154,11 +200,13 @@ def linear(graph: GraphBuilder, x: str, weight: Float32Array, bias: Float32Array
 
 
 def embedding(graph: GraphBuilder, table: Float32Array, name: str) -> str:
-    """Rows of ``table (vocab, hidden)`` by ``input_ids``; ``tied_head`` reads the same bytes where kernels can.
+    """Rows of ``table (vocab, hidden)`` by ``input_ids``; a tied head reads the same bytes where kernels can.
 
     Returns:
         The name of the output ``(batch, seq, hidden)``.
     """
+    if graph.weights.is_static:
+        table = pad_table(graph, table)
     if not (graph.weights.is_quantized and graph.weights.kernels.gathers_blocks):
         return graph.node("Gather", [graph.initializer(f"{name}.weight", table), graph_io.INPUT_IDS], [name])
     block_size = fitting_block_size(table.shape[1], graph.weights.head_block_size)
@@ -222,6 +270,28 @@ def untied_head(graph: GraphBuilder, x: str, table: Float32Array, name: str, out
     quantized = quantize(table, _EMBEDDING_BITS, block_size)
     padded = pad_rows(quantized, graph.weights.padded_vocabulary(len(table)))
     _matmul_nbits(graph, [x, *_store_blocks(graph, name, padded)], output, padded)
+
+
+def pad_table(graph: GraphBuilder, table: Float32Array) -> Float32Array:
+    """``table (vocab, hidden)`` with rows of zeros up to the padded vocabulary; no token id reads them."""
+    padding = graph.weights.padded_vocabulary(len(table)) - len(table)
+    return np.pad(table, ((0, padding), (0, 0))) if padding else table
+
+
+def gemm_head(graph: GraphBuilder, x: str, table: str, table_shape: tuple[int, int], output: str) -> str:
+    """Multiply with a stored floating-point table, standard operators only; a tied head shares the embedding's.
+
+    Args:
+        graph: the graph.
+        x: hidden states ``(1, n, hidden)``.
+        table: the initializer ``(padded vocab, hidden)``.
+        table_shape: its shape.
+        output: the name of the product ``(1, n, padded vocab)``; rows of padding give 0.
+    """
+    vocab_size, hidden_size = table_shape
+    rows = graph.node("Reshape", [x, graph.shape(-1, hidden_size)], [f"{output}.rows"])
+    product = graph.node("Gemm", [rows, table], [f"{output}.product"], transB=1)
+    return graph.node("Reshape", [product, graph.shape(1, -1, vocab_size)], [output])
 
 
 def _store_blocks(graph: GraphBuilder, name: str, weight: QuantizedWeight) -> tuple[str, str]:
