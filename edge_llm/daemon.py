@@ -119,7 +119,6 @@ def _start_scheduler(
     scheduler = Scheduler(
         model.engine, model.tokenizer, model.renderer, generation, config.serving, caches=caches, domain=model.domain
     )
-    scheduler.failover = Failover(model, caches, lambda found: gateway.publish_info(_info(found, config)))
     caches.power.on_change = gateway.set_power
     if caches.power.level != "normal":
         gateway.set_power(caches.power.level)
@@ -129,7 +128,7 @@ def _start_scheduler(
     # What has been loaded stays: the collector need not look at it again, which would cost milliseconds each time.
     gc.collect()
     gc.freeze()
-    scheduler.start()
+    scheduler.start(Failover(model, caches, lambda found: gateway.publish_info(_info(found, config))))
     recorder = None if caches.feedback is None else FeedbackRecorder(caches.feedback)
     gateway.bind(scheduler, generation, recorder)
     gateway.publish_info(_info(model, config))

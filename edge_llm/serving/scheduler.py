@@ -7,7 +7,6 @@ nothing to do, prefetch.py works ahead, one small unit at a time.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -16,20 +15,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edge_llm.device.memory import trim_memory
-from edge_llm.engine.prompt import Message
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.engine.text_stream import TextStream
 from edge_llm.errors import RequestError
-from edge_llm.notify import Heartbeat
 from edge_llm.serving.active import ActiveRequest, deliver, refuse
 from edge_llm.serving.caches import Caches, no_caches
 from edge_llm.serving.prefetch import Prefetcher
 from edge_llm.serving.queue import FairQueue
 from edge_llm.serving.request import Delta, Final, Timing, Usage
+from edge_llm.serving.running import Running, internal_error
 from edge_llm.serving.sessions import SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from edge_llm.bundle.manifest import GenerationDefaults
     from edge_llm.config import ServingConfig
@@ -39,18 +37,15 @@ if TYPE_CHECKING:
     from edge_llm.engine.tokenizer import Tokenizer
     from edge_llm.serving.active import AnswerText
     from edge_llm.serving.failover import Failover
-    from edge_llm.serving.request import FinishReason, Request
+    from edge_llm.serving.request import Request
 
 _log = logging.getLogger(__name__)
 
 IDLE_TICK_S = 1.0
 _HURRY_TICK_S = 0.1
-_FIRST_TEXT_PAUSE_S = 0.001
 # Idle for so long, the buffers that prefills have left in the C library go back to the system.
 _TRIM_AFTER_S = 0.2
 _MAX_ANSWERED = 256
-# Another provider may have to be prepared first, which takes minutes on the slowest boards.
-_LOAD_TIMEOUT_S = 1800.0
 
 
 class Scheduler:
@@ -66,7 +61,6 @@ class Scheduler:
         domain: of a domain bundle, whose answers hold actions; None for a model that just writes.
 
     Attributes:
-        failover: goes on with another provider when this one fails; None never does. Set it before ``start``.
         heartbeat: touched by the engine thread between two runs of the engine, and once a second when it is idle.
     """
 
@@ -81,12 +75,8 @@ class Scheduler:
         caches: Caches | None = None,
         domain: Domain | None = None,
     ) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
         self._domain = domain
-        self.failover: Failover | None = None
-        self._renderer = renderer
-        self._default_max_tokens = min(defaults.max_tokens, config.max_tokens)
+        default_max_tokens = min(defaults.max_tokens, config.max_tokens)
         self._sessions = SessionStore(
             renderer,
             # Half of the context for what was said before leaves the other half for the question and the answer.
@@ -95,25 +85,32 @@ class Scheduler:
             max_sessions=config.max_sessions,
         )
         self._caches = caches or no_caches(engine)
-        self._reuse = self._caches.reuse
         sampling = SamplingParams.from_defaults(defaults)
-        self._prefetch = Prefetcher(self._caches, self._sessions, sampling, self._default_max_tokens)
+        self._prefetch = Prefetcher(self._caches, self._sessions, sampling, default_max_tokens)
         # From the response cache, for prefetch to learn from; the oldest are forgotten while it has no time.
         self._answered: deque[Request] = deque(maxlen=_MAX_ANSWERED)
         self._news = False  # something has come that prefetch has not looked at
         self._queue = FairQueue(config.max_queued, config.max_queued_per_user)
-        self._active: list[ActiveRequest] = []
-        self._cancelled: set[tuple[str, str]] = set()
-        self._changed = threading.Condition()
+        self._running = Running(
+            engine,
+            renderer,
+            _text_maker(tokenizer, renderer, domain),
+            self._sessions,
+            self._caches,
+            self._prefetch,
+            default_max_tokens,
+        )
+        self._changed = self._running.changed
         self._draining = False
         self._stopping = False
-        self.heartbeat = Heartbeat()
+        self.heartbeat = self._running.heartbeat
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from any thread -------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Start the engine thread."""
+    def start(self, failover: Failover | None = None) -> None:
+        """Start the engine thread; ``failover`` goes on with another provider when this one fails."""
+        self._running.failover = failover
         self._thread.start()
 
     def submit(self, request: Request) -> None:
@@ -136,10 +133,10 @@ class Scheduler:
         key = (user, request_id)
         with self._changed:
             known = any(request.key == key for request in self._queue) or any(
-                active.request.key == key for active in self._active
+                active.request.key == key for active in self._running.active
             )
             if known:
-                self._cancelled.add(key)
+                self._running.cancelled.add(key)
                 self._changed.notify()
         return known
 
@@ -156,7 +153,7 @@ class Scheduler:
     def load(self) -> dict[str, int]:
         """Requests waiting and running, and sessions kept."""
         with self._changed:
-            return {"queued": len(self._queue), "active": len(self._active), "sessions": len(self._sessions)}
+            return {"queued": len(self._queue), "active": len(self._running.active), "sessions": len(self._sessions)}
 
     def drain(self, timeout_s: float, hurry: threading.Event | None = None) -> bool:
         """Refuse new requests, wait for the accepted ones, then stop. True if all of them were answered in time.
@@ -166,12 +163,12 @@ class Scheduler:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._draining = True
-            while self._queue or self._active:
+            while self._queue or self._running.active:
                 remaining_s = deadline - time.monotonic()
                 if remaining_s <= 0 or (hurry is not None and hurry.is_set()):
                     break
                 self._changed.wait(min(remaining_s, _HURRY_TICK_S))
-            in_time = not self._queue and not self._active
+            in_time = not self._queue and not self._running.active
             self._stopping = True
             self._changed.notify_all()
         if self._thread.is_alive():
@@ -209,7 +206,7 @@ class Scheduler:
                 _log.exception("a fault in the scheduler")
                 self._fail_all()
             with self._changed:
-                if not self._queue and not self._active:
+                if not self._queue and not self._running.active:
                     self._changed.notify_all()  # drain waits for this
                     if self._stopping:
                         self._prefetch.close()
@@ -224,13 +221,13 @@ class Scheduler:
             # Worked out before the lock is taken: it may look at sensors, and the network's thread must not wait.
             due_in_s = 0.0 if worked else self._prefetch.due_in_s(IDLE_TICK_S if trim_at is None else _TRIM_AFTER_S)
             with self._changed:
-                if not (self._queue or self._active or self._stopping or worked or self._news):
+                if not (self._queue or self._running.active or self._stopping or worked or self._news):
                     self._changed.wait(due_in_s)
                 self._news = False
                 if self._stopping:
-                    self._cancelled |= {request.key for request in self._queue}
-                    self._cancelled |= {active.request.key for active in self._active}
-                if self._queue or self._active or self._stopping:
+                    self._running.cancelled |= {request.key for request in self._queue}
+                    self._running.cancelled |= {active.request.key for active in self._running.active}
+                if self._queue or self._running.active or self._stopping:
                     return
             now = time.monotonic()
             self._sessions.expire(now)
@@ -255,14 +252,14 @@ class Scheduler:
         self._caches.power.refresh()
         self._end_unwanted()
         self._admit()
-        self._prefill()
-        self._decode()
+        self._running.prefill()
+        self._running.decode()
 
     def _end_unwanted(self) -> None:
         """Cancels and deadlines, for waiting and running requests alike."""
         now = time.monotonic()
         with self._changed:
-            cancelled, self._cancelled = self._cancelled, set()
+            cancelled, self._running.cancelled = self._running.cancelled, set()
             removed = self._queue.remove_where(lambda request: request.key in cancelled or _expired(request, now))
         for request in removed:
             if request.key in cancelled:
@@ -271,227 +268,30 @@ class Scheduler:
                 deliver(request, Final("", "cancelled", Usage(), timing))
             else:
                 refuse(request, RequestError(408, "the deadline passed before the query could start"))
-        for active in list(self._active):
+        for active in list(self._running.active):
             if active.request.key in cancelled:
-                self._end(active, "cancelled")
+                self._running.end(active, "cancelled")
             elif _expired(active.request, now):
-                self._end(active, "deadline")
+                self._running.end(active, "deadline")
 
     def _admit(self) -> None:
         """Give free slots to waiting requests; what was only guessed makes room."""
         while True:
             with self._changed:
-                running = Counter(active.request.user for active in self._active)
-                request = self._queue.pop(running, self._eligible)
+                running = Counter(active.request.user for active in self._running.active)
+                request = self._queue.pop(running, self._running.eligible)
                 if request is None:
                     return
                 # Booked at once, so that a cancel which comes now finds it.
-                active = ActiveRequest(request, time.monotonic(), self._answer_text)
-                self._active.append(active)
-            self._try_to_begin(active)
-
-    def _book(self, request: Request) -> None:
-        """Begin again with a request that had a slot."""
-        active = ActiveRequest(request, time.monotonic(), self._answer_text)
-        with self._changed:
-            self._active.append(active)
-        self._try_to_begin(active)
-
-    def _try_to_begin(self, active: ActiveRequest) -> None:
-        try:
-            self._begin(active)
-        except RequestError as error:
-            self._drop(active)
-            refuse(active.request, error)
-        except Exception as fault:
-            self._fail(active, fault)
-
-    def _answer_text(self, active: ActiveRequest) -> AnswerText:
-        stop = (*self._renderer.template.stop_strings, *active.request.stop)
-        if self._domain is None:
-            return TextStream(self._tokenizer, stop)
-        return self._domain.answer(lambda: None if active.state is None else active.state.sampler, stop)
-
-    def _eligible(self, request: Request) -> bool:
-        # Turns of one session follow each other: the next prompt holds this answer.
-        if request.session is not None and any(
-            (active.request.user, active.request.session) == (request.user, request.session) for active in self._active
-        ):
-            return False
-        if len(self._active) >= self._caches.power.max_active(self._engine.slots.count):
-            return False
-        available = self._engine.free_slots + self._prefetch.held_slots
-        # Background work leaves the last slot to whoever speaks next.
-        needed = 1 if request.priority == "interactive" or self._engine.slots.count == 1 else 2
-        return available >= needed
-
-    def _begin(self, active: ActiveRequest) -> None:
-        request = active.request
-        if self._caches.energy is not None and len(self._active) == 1:
-            self._caches.energy.begin()
-        if any(message.role == "system" for message in request.messages) and not self._renderer.supports_system:
-            raise RequestError(400, "this model's template has no system message: put its text into the user message")
-        self._sessions.expire(active.started_at)
-        active.history = self._sessions.digest(request.user, request.session)
-        self._prefetch.query_began(request)
-        if request.session is not None and self._caches.answers is not None:
-            found = self._caches.answers.find(request, active.history)
-            if found is not None:
-                self._end_found(active, found)
-                return
-        context = self._engine.max_seq_len
-        # An explicit max_tokens is kept or refused; the default gives way to a long prompt.
-        room = context - (request.max_tokens or 1)
-        prompt_ids = self._sessions.prompt(request.user, request.session, request.messages, room, active.started_at)
-        max_tokens = request.max_tokens or min(
-            self._caches.power.max_tokens(self._default_max_tokens), context - len(prompt_ids)
-        )
-        active.started = self._prefetch.release_guess(request, room, max_tokens)
-        if active.started is None:
-            if not self._engine.free_slots:
-                self._prefetch.give_slot()
-            bypass = request.cache == "bypass"
-            active.started = self._reuse.start(request.user, prompt_ids, request.sampling, max_tokens, bypass=bypass)
-            return
-        active.source = "prefetch"
-        active.ready_len = min(active.started.state.cached_len, len(active.started.state.prompt_ids))
-        if active.prefilled:
-            active.first_token_at = time.monotonic()
-            self._advance(active)
-
-    def _prefill(self) -> None:
-        """One chunk of the request that has waited longest for its prefill."""
-        active = next((active for active in self._active if not active.prefilled), None)
-        if active is None or active.state is None:
-            return
-        try:
-            self._engine.prefill(active.state)
-        except Exception as fault:
-            if not self._go_on_elsewhere(fault):
-                self._fail(active, fault)
-            return
-        if active.prefilled:
-            active.first_token_at = time.monotonic()
-            self._advance(active)
-
-    def _decode(self) -> None:
-        """One token for every request that has been prefilled, in one run."""
-        batch = [active for active in self._active if active.prefilled]
-        if not batch:
-            return
-        try:
-            self._engine.decode([active.state for active in batch if active.state is not None])
-        except Exception as fault:
-            if not self._go_on_elsewhere(fault):
-                for active in batch:
-                    self._fail(active, fault)
-            return
-        for active in batch:
-            self._advance(active)
-
-    def _go_on_elsewhere(self, fault: Exception) -> bool:
-        """Let another provider go on, if there is one. Answers that have begun end with 503, the others start again."""
-        if self.failover is None or not self.failover.is_possible():
-            return False
-        interrupted = list(self._active)
-        self._prefetch.close()
-        for active in interrupted:
-            self._drop(active, keep=False)
-        self.heartbeat.excuse(_LOAD_TIMEOUT_S)
-        if not self.failover.go_on(fault):
-            self.failover = None
-            for active in interrupted:
-                refuse(active.request, _internal())
-            return True
-        self._prefetch.recover()
-        for active in interrupted:
-            if active.has_text:
-                message = "the device's accelerator failed in the middle of the answer: ask again"
-                refuse(active.request, RequestError(503, message, retry_after_ms=0))
-            else:
-                self._book(active.request)
-        return True
-
-    def _advance(self, active: ActiveRequest) -> None:
-        """Deliver what is new, and end the request if its answer is complete."""
-        assert active.state is not None
-        if active.state.fault is not None:
-            # Its sampling failed: that is this request's trouble alone.
-            self._fail(active, active.state.fault)
-            return
-        had_text = active.has_text
-        active.take_new_tokens()
-        if active.has_text and not had_text:
-            # The next step would take every core, and the first words would wait for one on their way through link,
-            # broker and client: several milliseconds of latency for the one that this costs.
-            time.sleep(_FIRST_TEXT_PAUSE_S)
-        if active.text.stopped or active.state.stopped:
-            self._end(active, "stop")
-        elif active.state.finished:
-            self._end(active, "length")
-
-    def _end(self, active: ActiveRequest, reason: FinishReason) -> None:
-        final = active.finish(reason)
-        self._reuse.metrics.count("actions", len(final.actions))
-        self._reuse.metrics.count("actions_dropped", final.dropped_actions)
-        with _only_logged("an answer could not be remembered"):
-            # Before it is delivered: it may be asked again at once.
-            if self._caches.answers is not None:
-                self._caches.answers.keep(active.request, final, active.history)
-        self._conclude(active, final)
-
-    def _end_found(self, active: ActiveRequest, final: Final) -> None:
-        """The answer was in the response cache."""
-        deliver(active.request, Delta(final.text))
-        self._conclude(active, final)
-
-    def _conclude(self, active: ActiveRequest, final: Final) -> None:
-        request = active.request
-        if request.session is not None and final.text:
-            # What was said aloud before an interruption is part of the conversation too.
-            answer = Message("assistant", final.text)
-            self._sessions.add_turn(request.user, request.session, request.messages[-1], answer, time.monotonic())
-        self._drop(active, keep=request.cache == "use")
-        deliver(request, final)
-        if self._caches.energy is not None:
-            self._caches.energy.end(time.monotonic() - active.started_at, beside=len(self._active))
-        if final.text:
-            with _only_logged("a query could not be learnt from"):
-                self._prefetch.query_ended(request)
-
-    def _fail(self, active: ActiveRequest, fault: Exception) -> None:
-        extra = {"user": active.request.user, "id": active.request.id}
-        _log.error("a fault in the engine", exc_info=fault, extra=extra)
-        self._drop(active, keep=False)
-        refuse(active.request, _internal())
+                active = self._running.book(request)
+            self._running.begin(active)
 
     def _fail_all(self) -> None:
-        error = _internal()
         with self._changed:
             waiting = self._queue.remove_where(lambda _request: True)
-        for active in list(self._active):
-            self._drop(active, keep=False)
-            refuse(active.request, error)
+        self._running.fail_all()
         for request in waiting:
-            refuse(request, error)
-
-    def _drop(self, active: ActiveRequest, *, keep: bool = True) -> None:
-        with self._changed:
-            if active in self._active:
-                self._active.remove(active)
-            # A cancel that came too late must not meet a later request of the same id.
-            self._cancelled.discard(active.request.key)
-        if active.started is not None:
-            self._reuse.release(active.started, keep=keep)
-
-
-@contextlib.contextmanager
-def _only_logged(what: str) -> Iterator[None]:
-    """What serves later queries must not cost this one, nor those beside it."""
-    try:
-        yield
-    except Exception:
-        _log.exception(what)
+            refuse(request, internal_error())
 
 
 def _alone(request: Request) -> Request:
@@ -501,9 +301,19 @@ def _alone(request: Request) -> Request:
     return replace(request, session=None, messages=request.messages[-1:])
 
 
-def _internal() -> RequestError:
-    return RequestError(500, "a fault in the daemon; it is in the device's log")
-
-
 def _expired(request: Request, now: float) -> bool:
     return request.deadline_at is not None and now >= request.deadline_at
+
+
+def _text_maker(
+    tokenizer: Tokenizer, renderer: PromptRenderer, domain: Domain | None
+) -> Callable[[ActiveRequest], AnswerText]:
+    """Makes what reads the tokens of an answer."""
+
+    def make_text(active: ActiveRequest) -> AnswerText:
+        stop = (*renderer.template.stop_strings, *active.request.stop)
+        if domain is None:
+            return TextStream(tokenizer, stop)
+        return domain.answer(lambda: None if active.state is None else active.state.sampler, stop)
+
+    return make_text

@@ -197,7 +197,9 @@ def run_until(driver: Driver, condition) -> None:
 def test_a_command_that_is_taken_back_has_no_actions(make_driver, tokens):
     driver = make_driver()
     asked = driver.submit("make it 21", name="q", max_tokens=100)
-    run_until(driver, lambda: any(len(a.state.output_ids) >= tokens for a in driver.scheduler._active if a.state))
+    run_until(
+        driver, lambda: any(len(a.state.output_ids) >= tokens for a in driver.scheduler._running.active if a.state)
+    )
     assert driver.scheduler.cancel("ann", "q")
     driver.run()
     assert (asked.final.finish_reason, asked.final.actions, asked.final.text) == ("cancelled", (), "")
@@ -218,8 +220,8 @@ def test_what_was_said_of_a_command_before_it_was_taken_back_stays(make_driver):
 def test_a_command_that_comes_too_late_has_no_actions(make_driver):
     driver = make_driver()
     asked = driver.submit("make it 21", deadline_at=time.monotonic() + 1e6, max_tokens=100)
-    run_until(driver, lambda: any(len(a.state.output_ids) >= 8 for a in driver.scheduler._active if a.state))
-    (active,) = driver.scheduler._active
+    run_until(driver, lambda: any(len(a.state.output_ids) >= 8 for a in driver.scheduler._running.active if a.state))
+    (active,) = driver.scheduler._running.active
     object.__setattr__(active.request, "deadline_at", 0.0)
     driver.run()
     assert (asked.final.finish_reason, asked.final.actions) == ("deadline", ())

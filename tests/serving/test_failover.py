@@ -57,7 +57,7 @@ class Bench:
         caches = no_caches(engine)
         self.told: list[str] = []
         self.scheduler = Scheduler(engine, TOKENIZER, RENDERER, GenerationDefaults(8), ServingConfig(), caches=caches)
-        self.scheduler.failover = Failover(model, caches, lambda found: self.told.append(found.provider.name))
+        self.scheduler._running.failover = Failover(model, caches, lambda found: self.told.append(found.provider.name))
 
     def ask(self, text: str, name: str) -> Query:
         query = Query()
