@@ -23,7 +23,7 @@ from benchmarks.ratios import percentile
 from benchmarks.serving import BenchClient, Daemon, ServingError
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.bundle.prepare import prepared_graph
-from edge_llm.config import Config
+from edge_llm.config import Config, EngineConfig
 from edge_llm.device.cpu import physical_cores
 from edge_llm.domain.domain import Domain
 from edge_llm.engine.loading import LoadedModel, load_model
@@ -32,8 +32,11 @@ from edge_llm.engine.sampler import SamplingParams
 from edge_llm.errors import EdgeLlmError
 from edge_llm.local_broker import local_broker
 from export.console import progress
+from export.graph.weights import CPU_FP32
 from export.packs.examples import Example, held_out_examples
 from export.packs.pack import load_pack
+from export.pipeline import ExportOptions, export_bundle
+from export.verify import DEFAULT_MAX_PERPLEXITY_RATIO, DEFAULT_TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,11 +135,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise EdgeLlmError(f"{options.bundle} is no domain bundle: it has no domain_file")
     for name, payload in _STATE.items():
         model.domain.values.update(name, payload)
-    figures = judge_all(model, model.domain, utterances, "with the grammar")
+    judged = judge_all(model, model.domain, utterances, "with the grammar")
+    figures = figures_of(judged)
     free = Domain(model.domain.schema, model.tokenizer, constrained=False)
     free.values = model.domain.values
     model.engine.make_sampler = free.sampler
-    without = judge_all(model, free, utterances, "without the grammar")
+    without = figures_of(judge_all(model, free, utterances, "without the grammar"))
     report = {
         "machine": describe_machine(physical_cores(), PACKAGES),
         "bundle": f"{bundle.manifest.name} {bundle.manifest.version}",
@@ -146,9 +150,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             name: value for name, value in msgspec.to_builtins(without).items() if name not in ("n", "failures")
         },
     }
+    if options.float32 is not None:
+        report["float32"] = compare_with_float32(options.float32, model.domain, judged)
     if options.mqtt:
         report["mqtt"] = measure_latency(bundle, options.cache_dir, [utterance.text for utterance in utterances])
     return report
+
+
+def compare_with_float32(student: Path, domain: Domain, judged: Sequence[Judged]) -> dict[str, Any]:
+    """Answer every utterance once more with float32 weights, and count where both do the same.
+
+    Args:
+        student: the Hugging Face folder that the bundle was exported from.
+        domain: the bundle's.
+        judged: what the bundle has done.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "float32"
+        options = ExportOptions(
+            out=out, targets=(CPU_FP32,), verify_text=DEFAULT_TEXT, max_perplexity_ratio=DEFAULT_MAX_PERPLEXITY_RATIO
+        )
+        export_bundle(str(student), options)
+        model = load_model(Bundle.open(out), Config(engine=EngineConfig(target="cpu-fp32", prepare=False)))
+        model.engine.make_sampler = domain.sampler
+        exact = judge_all(model, domain, [one.wanted for one in judged], "float32")
+    same = [
+        mine.kind == other.kind and mine.actions == other.actions for mine, other in zip(judged, exact, strict=True)
+    ]
+    return {"same_kind_and_actions": _share(same), "action_exact": figures_of(exact).action_exact}
 
 
 def read_utterances(path: Path) -> list[Utterance]:
@@ -168,13 +197,18 @@ def pack_utterances(folder: Path) -> list[Utterance]:
     return [_as_utterance(example) for example in held_out_examples(load_pack(folder))]
 
 
-def judge_all(model: LoadedModel, domain: Domain, utterances: Sequence[Utterance], description: str) -> Figures:
-    """Answer every utterance and count."""
+def judge_all(model: LoadedModel, domain: Domain, utterances: Sequence[Utterance], description: str) -> list[Judged]:
+    """Answer every utterance."""
     judged = []
     with progress(description, len(utterances), unit="utterance") as bar:
         for utterance in utterances:
             judged.append(judge(model, domain, utterance))
             bar.update()
+    return judged
+
+
+def figures_of(judged: Sequence[Judged]) -> Figures:
+    """Count."""
     commands = [one for one in judged if one.wanted.kind == "command"]
     outside = [one for one in judged if one.wanted.kind == "outside"]
     answered = [one for one in judged if one.wanted.kind != "outside"]
@@ -263,6 +297,8 @@ def format_report(report: dict[str, Any], failures: int) -> str:
     lines.append(
         f"{'actions dropped':24}{report['dropped_actions']:>10}{report['without_grammar']['dropped_actions']:>10}"
     )
+    if "float32" in report:
+        lines.append(f"{'same as float32':24}{report['float32']['same_kind_and_actions']:>10.2%}")
     if "mqtt" in report:
         mqtt = report["mqtt"]
         lines += [
@@ -313,6 +349,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help=f"default {DEFAULT_BUNDLE}")
     parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, help=f"default {DEFAULT_PACK}")
+    parser.add_argument(
+        "--float32", type=Path, metavar="FOLDER", help="the student's Hugging Face folder: compare with its own weights"
+    )
     parser.add_argument("--mqtt", action="store_true", help="measure latency over MQTT too")
     parser.add_argument("--failures", type=int, default=20, help="how many to print (default 20)")
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where prepared copies are kept")
