@@ -1,10 +1,11 @@
 # make demo · make setup · make check · make test · make vehicle-bundle · make offline-kit
 PYTHON ?= python3
-# smollm2, vehicle (trained first, which takes hours), or anything that `python -m export bundle` takes.
-MODEL ?= smollm2
+# vehicle (which comes along), smollm2, or anything that `python -m export bundle` takes.
+MODEL ?= vehicle
 CHECKPOINT := $(if $(filter smollm2,$(MODEL)),smollm2-135m-instruct,$(MODEL))
+SHIPPED_BUNDLE := bundles/vehicle-gpt2-int8
 VEHICLE_BUNDLE := .cache/bundles/vehicle-gpt2-int8
-BUNDLE ?= $(if $(filter vehicle,$(MODEL)),$(VEHICLE_BUNDLE),.cache/bundles/$(CHECKPOINT))
+BUNDLE ?= $(if $(filter vehicle,$(MODEL)),$(SHIPPED_BUNDLE),.cache/bundles/$(CHECKPOINT))
 VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 .PHONY: demo setup check test test-oldest vehicle-bundle offline-kit format clean
 .DELETE_ON_ERROR:
 
-## demo: a broker, a daemon and six questions, with nothing to prepare by hand
+## demo: a broker, a daemon and some questions, with nothing to prepare by hand
 demo: setup $(BUNDLE)/manifest.json
 	@$(BIN)/edge-llm demo --bundle $(BUNDLE) $(DEMO_FLAGS)
 
@@ -40,12 +41,12 @@ $(OLDEST)/.done: pyproject.toml constraints-oldest.txt
 		'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	@touch $@
 
-## vehicle-bundle: distil the vehicle pack; hours on two cores, but it goes on where it was stopped
+## vehicle-bundle: distil the vehicle pack anew; hours on two cores, but it goes on where it was stopped
 vehicle-bundle: $(VEHICLE_BUNDLE)/manifest.json
 
 $(VEHICLE_BUNDLE)/manifest.json: | $(VENV)/.dev-done
 	$(BIN)/python -m export distill --pack examples/vehicle --work .cache/vehicle --out $(VEHICLE_BUNDLE) \
-		--name vehicle-gpt2-int8 $(DISTILL_FLAGS)
+		--name vehicle-gpt2-int8 --steps 5000 $(DISTILL_FLAGS)
 
 ## offline-kit: an archive for a board without a network: make offline-kit ARCH=aarch64 BUNDLE=folder
 ARCH ?= aarch64
@@ -59,7 +60,7 @@ format: $(VENV)/.dev-done
 clean:
 	rm -rf $(VENV) $(OLDEST) .cache dist build
 
-ifneq ($(BUNDLE),$(VEHICLE_BUNDLE))
+ifeq ($(filter $(BUNDLE),$(SHIPPED_BUNDLE) $(VEHICLE_BUNDLE)),)
 $(BUNDLE)/manifest.json:
 	@mkdir -p $(dir $(BUNDLE))
 	$(BIN)/python -m export bundle $(CHECKPOINT) --out $(BUNDLE)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from edge_llm.domain.answer import DomainAnswer
 
 PACKAGES: Final = ("onnxruntime", "tokenizers", "numpy")
-DEFAULT_BUNDLE: Final = Path(".cache/bundles/vehicle-gpt2-int8")
+DEFAULT_BUNDLE: Final = Path("bundles/vehicle-gpt2-int8")
 DEFAULT_PACK: Final = Path("examples/vehicle")
 _MAX_TOKENS: Final = 160
 _LATENCY_QUERIES: Final = 200

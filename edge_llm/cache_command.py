@@ -1,6 +1,6 @@
-"""``edge-llm cache info|clear``: what is kept on the disk of earlier work, and how to get rid of it.
+"""``edge-llm cache info|clear`` and ``forget``: what is kept of earlier work, and how to get rid of it.
 
-Both work while a daemon runs: it notices an erasure at the next query.
+They work while a daemon runs: within a second or two it has forgotten, too.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from edge_llm.cache.erasure import announce_erasure
 from edge_llm.cache.feedback_log import clear_feedback, feedback_count
 from edge_llm.cache.popularity import clear_popular, popular_counts
 from edge_llm.cache.prefix_lint import Finding, clear_findings, stored_findings
@@ -99,6 +100,8 @@ def format_info(info: CacheInfo) -> str:
 def clear_cache(config: Config, user: str | None, parts: Collection[str]) -> Iterator[Cleared]:
     """Remove some parts, or with none named everything, and yield what became of each.
 
+    With none named, running daemons drop what they hold of that user, or of everybody, conversations included.
+
     Args:
         config: where the caches are.
         user: only what belongs to this user.
@@ -122,6 +125,11 @@ def clear_cache(config: Config, user: str | None, parts: Collection[str]) -> Ite
             yield Cleared(f"findings{whose}", clear_findings(db, user) if db else 0)
     if user is None and (not parts or "prefixes" in parts):
         yield Cleared("prefix snapshots", _remove_prefixes(folder))
+    if not parts:
+        try:
+            announce_erasure(state_dir(config), user)
+        except OSError:
+            yield Cleared(f"memory{whose} in a running daemon", None)
 
 
 def recent_finding(config: Config, now: float) -> Finding | None:

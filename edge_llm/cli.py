@@ -1,4 +1,4 @@
-"""The ``edge-llm`` command: serve · ask · demo · bench · tune · doctor · prepare · install · cache · feedback.
+"""The ``edge-llm`` command; ``edge-llm --help`` lists what it can do.
 
 Exit status: 0 done, 1 a check or an answer failed, 2 bad input or configuration.
 """
@@ -18,11 +18,13 @@ from edge_llm.arguments import OneLineParser, non_negative, positive_int, utf8_t
 from edge_llm.config import Config, cache_dir, load_config, merge
 from edge_llm.device.board import detect_board
 from edge_llm.device.profile import device_layer, tuned_layer
-from edge_llm.errors import ConfigError, EdgeLlmError
+from edge_llm.errors import BundleError, ConfigError, EdgeLlmError
 from edge_llm.logs import configure_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from edge_llm.cache_command import Cleared
 
 # Only what a command needs is imported when it runs: `edge-llm ask` on a client needs no onnxruntime.
 
@@ -76,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true")
     doctor.add_argument("--device-configs", action="store_true", help="check every device file, and nothing else")
 
+    verify = _command(commands, "verify", _verify, "check every file of a bundle, and its signature; exit 1 if not")
+    verify.add_argument(
+        "--public-key",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a key that may have signed it, may be repeated (default: bundle_keys)",
+    )
+
     _command(commands, "tune", _tune, "measure threads, chunk and slots here, and use the best from now on")
 
     _command(commands, "prepare", _prepare, "build the device-local copy of a bundle's graph now")
@@ -93,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         help="the program to start (default: this one; with --root, /opt/edge-llm/bin/edge-llm)",
     )
 
+    _add_kept(commands)
+    return parser
+
+
+def _add_kept(commands: Any) -> None:
+    """The commands about what is kept of earlier queries."""
     about_cache = "show or remove what is kept of earlier queries"
     cache = commands.add_parser("cache", help=about_cache, description=about_cache.capitalize())
     cache_commands = cache.add_subparsers(required=True, metavar="COMMAND")
@@ -104,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     clear.add_argument("--popular", action="store_true", help="what was asked often")
     clear.add_argument("--feedback", action="store_true", help="what was refused, failed or rated")
     clear.add_argument("--prefixes", action="store_true", help="snapshots of prompt prefixes")
+    forget = _command(commands, "forget", _forget, "remove all that one user has said and been told")
+    forget.add_argument("user", metavar="USER")
     about_feedback = "look through what was refused, failed or rated"
     feedback = commands.add_parser("feedback", help=about_feedback, description=about_feedback.capitalize())
     feedback_commands = feedback.add_subparsers(required=True, metavar="COMMAND")
@@ -112,7 +131,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--user", help="only of this user")
     erase = _command(feedback_commands, "clear", _feedback_clear, "remove it")
     erase.add_argument("--user", help="only what belongs to this user")
-    return parser
 
 
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
@@ -179,14 +197,14 @@ def _bundle_of(config: Config) -> Any:
     from edge_llm.bundle.manifest import Bundle
     from edge_llm.bundle.shipped import shipped_bundle
 
-    return Bundle.open(config.bundle or shipped_bundle())
+    return Bundle.open(config.bundle or shipped_bundle(), config.bundle_keys)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from edge_llm.daemon import serve
 
     config = settings(args)
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format, private=config.privacy == "strict")
     return serve(config, _bundle_of(config))
 
 
@@ -232,6 +250,19 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(msgspec.json.encode({"ok": not failed, "checks": checks}).decode())
     return 1 if failed else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from edge_llm.bundle.shipped import shipped_bundle
+    from edge_llm.verify_command import verify_bundle
+
+    config = settings(args)
+    try:
+        print(verify_bundle(config.bundle or shipped_bundle(), args.public_key or config.bundle_keys))
+    except BundleError as error:
+        print(f"edge-llm: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -299,8 +330,19 @@ def _cache_clear(args: argparse.Namespace) -> int:
     from edge_llm.cache_command import PARTS, clear_cache
 
     configure_logging("error", "text")
+    return _report(clear_cache(settings(args), args.user, [part for part in PARTS if getattr(args, part)]))
+
+
+def _forget(args: argparse.Namespace) -> int:
+    from edge_llm.cache_command import clear_cache
+
+    configure_logging("error", "text")
+    return _report(clear_cache(settings(args), args.user, ()))
+
+
+def _report(all_cleared: Iterable[Cleared]) -> int:
     failed = False
-    for cleared in clear_cache(settings(args), args.user, [part for part in PARTS if getattr(args, part)]):
+    for cleared in all_cleared:
         print(cleared, flush=True)
         failed = failed or cleared.removed is None
     return 1 if failed else 0

@@ -6,8 +6,10 @@ Every layer is a nested mapping with the shape of ``Config``; a key that ``Confi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -193,9 +195,13 @@ class Config(_Strict, frozen=True):
     """Everything that can be set. ``device`` auto detects the board.
 
     ``cache_dir`` holds what can be made again (prepared copies, prefixes), ``state_dir`` the users' words and answers.
+    ``bundle_keys`` are PEM files of Ed25519 public keys: if there are any, a bundle is used only if one of them has
+    signed it. ``privacy`` strict keeps nothing that users say on disk or in the log.
     """
 
     bundle: str | None = None
+    bundle_keys: tuple[str, ...] = ()
+    privacy: Literal["normal", "strict"] = "normal"
     cache_dir: str | None = None
     state_dir: str | None = None
     device: str = "auto"
@@ -241,7 +247,21 @@ def load_config(
         # Only strings come from the environment, so numbers may be spelled out there and nowhere else.
         config = _convert(merged, source, strict=source != "environment")
         merged = msgspec.to_builtins(config)
+    if config.privacy == "strict" and config.feedback.enabled:
+        raise ConfigError('feedback.enabled keeps what users say on disk, which privacy = "strict" forbids')
     return config
+
+
+def refuse_if_open_to_all(what: str, path: str | Path) -> None:
+    """See that a secret is for its owner, or a group. A file that is not there is left to whoever opens it.
+
+    Raises:
+        ConfigError: every user of the machine may open it.
+    """
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        if mode & stat.S_IRWXO:
+            raise ConfigError(f"{what} {path} is open to every user here (mode {mode:04o}): chmod 600 {path}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -319,7 +339,7 @@ def _environ_layer(environ: Mapping[str, str]) -> dict[str, Any]:
             if not isinstance(table, dict):
                 raise ConfigError(f"environment variable {variable}: {name} is a setting, not a table")
         # A list is written with commas, as in EDGE_LLM_ENGINE__PROVIDERS=A,B.
-        table[key] = value.split(",") if key == "providers" else value
+        table[key] = value.split(",") if key in ("providers", "bundle_keys") else value
     return layer
 
 

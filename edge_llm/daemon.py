@@ -19,6 +19,8 @@ import onnxruntime as ort
 
 from edge_llm import __version__
 from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
+from edge_llm.cache.erasure import ErasureNotices
+from edge_llm.config import state_dir
 from edge_llm.device.memory import limit_malloc_arenas
 from edge_llm.engine.loading import LoadedModel, load_model
 from edge_llm.metrics import Metrics
@@ -57,6 +59,7 @@ def serve(config: Config, bundle: Bundle) -> int:
     """
     limit_malloc_arenas(2)
     metrics = Metrics()
+    notices = ErasureNotices(state_dir(config))
     gateway = Gateway(config, metrics)
     notifier = Notifier.from_environ(os.environ)
 
@@ -79,7 +82,14 @@ def serve(config: Config, bundle: Bundle) -> int:
         except BaseException:
             gateway.close(CLOSE_TIMEOUT_S)
             raise
-        _watch(stop, notifier, gateway, scheduler)
+
+        def forget_erased() -> None:
+            for erasure in notices.poll():
+                gateway.forget(erasure)
+                scheduler.forget(erasure)
+                caches.forget_users()
+
+        _watch(stop, notifier, gateway, scheduler, forget_erased)
         _log.info("stopping: finishing what was accepted; a second signal cuts it short")
         notifier.stopping("draining")
         gateway.set_state("draining")
@@ -90,14 +100,17 @@ def serve(config: Config, bundle: Bundle) -> int:
     return 0
 
 
-def _watch(stop: _StopFlag, notifier: Notifier, gateway: Gateway, scheduler: Scheduler) -> None:
-    """Tell systemd that we serve, and that our threads move, until a signal comes."""
+def _watch(
+    stop: _StopFlag, notifier: Notifier, gateway: Gateway, scheduler: Scheduler, forget_erased: Callable[[], None]
+) -> None:
+    """Tell systemd that we serve, and that our threads move, until a signal comes; forget whom we are told to."""
     heartbeats = {"mqtt-link": gateway.link.heartbeat, "engine": scheduler.heartbeat}
     watchdog = Watchdog(notifier, heartbeats, watchdog_timeout_s(os.environ))
 
     def tick() -> None:
         watchdog.tick()
         notifier.status(_status(gateway))
+        forget_erased()
 
     # The model has answered; the broker may come later.
     notifier.ready(_status(gateway))

@@ -61,7 +61,7 @@ def run_doctor(config: Config) -> Iterator[Check]:
     except BundleNotFoundError as error:
         yield Check("bundle", False, str(error))
         return
-    yield _guarded("bundle", lambda: _bundle(bundle_folder))
+    yield _guarded("bundle", lambda: _bundle(bundle_folder, config))
     yield _guarded("answer", lambda: _answer(bundle_folder, config))
 
 
@@ -168,19 +168,19 @@ def _prefix(config: Config) -> Check:
     return Check("prefix", None, f"{finding.user}: {finding}")
 
 
-def _bundle(folder: str) -> str:
-    bundle = Bundle.open(folder)
+def _bundle(folder: str, config: Config) -> str:
+    bundle = Bundle.open(folder, config.bundle_keys)
     bundle.verify()
     size_mb = sum(entry.size_bytes for entry in bundle.manifest.files) / 1e6
     targets = ", ".join(graph.target for graph in bundle.manifest.graphs)
     return (
         f"{bundle.manifest.name} {bundle.manifest.version} ({bundle.digest[:12]}), {size_mb:.0f} MB, "
-        f"every hash matches; targets: {targets}"
+        f"every hash matches{', signed by a trusted key' if config.bundle_keys else ''}; targets: {targets}"
     )
 
 
 def _answer(folder: str, config: Config) -> str:
-    model = load_model(Bundle.open(folder), config)
+    model = load_model(Bundle.open(folder, config.bundle_keys), config)
     how = "prepared copy" if model.prepared else "the bundle's own graph"
     refused = "".join(f"; not {name}: {reason}" for name, reason in model.provider.refused.items())
     return (

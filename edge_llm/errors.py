@@ -5,7 +5,8 @@
     ├── BundleError               a bundle cannot be used
     │   ├── BundleNotFoundError
     │   ├── ManifestError         manifest.json is missing, malformed or of another format version
-    │   ├── BundleIntegrityError  a file's size or hash is not the manifest's
+    │   ├── BundleIntegrityError  a file's size or hash is not the manifest's, or it asks for files of others
+    │   ├── BundleSignatureError  it is not signed, or not by a trusted key
     │   └── UnsupportedBundleError  this runtime or machine lacks what the bundle needs
     │       └── ProviderError     an execution provider cannot run a graph here
     ├── MemoryPlanError           the machine has less memory than the settings need
@@ -47,7 +48,11 @@ class ManifestError(BundleError, ValueError):
 
 
 class BundleIntegrityError(BundleError):
-    """A file's size or SHA-256 is not the one in the manifest."""
+    """A file's size or SHA-256 is not the one in the manifest, or it is no plain file, or it asks for other files."""
+
+
+class BundleSignatureError(BundleError):
+    """The bundle is not signed, or the signature is of none of the trusted keys."""
 
 
 class UnsupportedBundleError(BundleError):

@@ -136,10 +136,16 @@ def _machine(options: InstallOptions, installation: Installation) -> tuple[Machi
     folder = config.bundle or str(shipped_bundle())
     _check_visible("the bundle", folder)
     in_image = installation.below_root(Path(folder)) if os.path.isabs(folder) else Path(folder)
-    bundle = Bundle.open(in_image if in_image.exists() else folder)
+    bundle = Bundle.open(in_image if in_image.exists() else folder, _keys(options, config))
     command = (*_command(options), "serve", "--config", str(CONFIG_FILE))
     text = Path(options.config_file).read_text(encoding="utf-8") if options.config_file else config_text(flags)
     return Machine(command, config, bundle, installation.groups), text
+
+
+def _keys(options: InstallOptions, config: Config) -> list[Path]:
+    """Where the trusted keys are now; the service finds them below its own root."""
+    in_image = [(options.root / file.lstrip("/"), Path(file)) for file in config.bundle_keys]
+    return [inside if inside.exists() else outside for inside, outside in in_image]
 
 
 def _config(options: InstallOptions, config_file: str | None, flags: Mapping[str, Any]) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -13,7 +14,21 @@ import msgspec
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class JsonFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Args: ``private``: exceptions show where they came from, not their message, which may quote what a user said."""
+
+    def __init__(self, *, private: bool = False) -> None:
+        super().__init__()
+        self._private = private
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        if not self._private:
+            return super().formatException(ei)
+        frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(ei[2])]
+        return "\n".join([*frames, "" if ei[0] is None else ei[0].__name__])
+
+
+class JsonFormatter(_Formatter):
     """``{"ts", "level", "logger", "message", …extra, "exception"?}`` on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -30,7 +45,7 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line, enc_hook=str).decode()
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_Formatter):
     """``12:00:00 warning  message  key=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -41,10 +56,11 @@ class TextFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def configure_logging(level: str, log_format: str) -> None:
-    """Send every log record to stderr as ``json`` or ``text``."""
+def configure_logging(level: str, log_format: str, *, private: bool = False) -> None:
+    """Send every log record to stderr as ``json`` or ``text``; with ``private``, without the messages of exceptions."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    formatter = JsonFormatter if log_format == "json" else TextFormatter
+    handler.setFormatter(formatter(private=private))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -60,7 +60,8 @@ def measure_largest(
     """Largest absolute value of everything that a float16 graph computes, keys and values included.
 
     Args:
-        graph_path: the graph; a copy with more outputs is written beside it and removed.
+        graph_path: the graph, of a static form the one for prefill; a copy with more outputs is written beside it and
+            removed.
         dims: the model's shape.
         windows: token ids of texts that each fit the context.
         description: for the progress bar.
@@ -70,22 +71,29 @@ def measure_largest(
     """
     nodes = onnx.load(str(graph_path), load_external_data=False).graph.node
     session = _observing_session(graph_path, [name for node in nodes for name in node.output if name])
+    fixed = _fixed_tokens(session)
     names = [output.name for output in session.get_outputs() if output.type == "tensor(float16)"]
     layers = range(dims.num_layers)
     pasts = [name for layer in layers for name in graph_io.past_names(layer)]
     presents = [name for layer in layers for name in graph_io.present_names(layer)]
+    news = [name for layer in layers for name in graph_io.new_names(layer) if name in names]
     empty = np.zeros((1, dims.num_kv_heads, dims.max_seq_len, dims.head_dim), np.float16)
     largest: dict[str, float] = {}
     with progress(description, sum(map(len, windows)), unit="tok") as bar:
         for window in windows:
             cache: dict[str, NDArray[Any]] = dict.fromkeys(pasts, empty)
-            for start in range(0, len(window), _CHUNK_TOKENS):
-                chunk = window[start : start + _CHUNK_TOKENS]
-                feed = _feed(session, chunk, start, range(len(chunk))) | cache
-                values = dict(zip(names, session.run(names, feed), strict=True))
-                cache = {past: values[present] for past, present in zip(pasts, presents, strict=True)}
-                # Behind its valid part a fresh cache holds whatever was in the memory.
-                values |= {name: values[name][:, :, : start + len(chunk)] for name in presents}
+            for start in range(0, len(window), fixed or _CHUNK_TOKENS):
+                chunk = window[start : start + (fixed or _CHUNK_TOKENS)]
+                if start + (fixed or 0) > dims.max_seq_len:
+                    break  # the padding has no room: these tokens are for the decode graph, of the same nodes
+                feed = _fixed_feed(session, chunk, start) if fixed else _feed(session, chunk, start, range(len(chunk)))
+                values = dict(zip(names, session.run(names, feed | cache), strict=True))
+                if news:
+                    cache = _appended(cache, [values[name][:, :, : len(chunk)] for name in news], start)
+                else:
+                    cache = {past: values[present] for past, present in zip(pasts, presents, strict=True)}
+                    # Behind its valid part a fresh cache holds whatever was in the memory.
+                    values |= {name: values[name][:, :, : start + len(chunk)] for name in presents}
                 for name, array in values.items():
                     # Not the built-in max: a value that is not a number must stay.
                     largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(array.astype(np.float32)).max()))
@@ -103,7 +111,10 @@ def _observing_session(graph_path: Path, names: Sequence[str]) -> onnxruntime.In
     observed_path = graph_path.with_name("observed.onnx")
     try:
         observed_path.write_bytes(model.SerializeToString())
-        return onnxruntime.InferenceSession(str(observed_path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # A cache that is not updated in place is worth a warning elsewhere; here every past is looked at.
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(str(observed_path), options, providers=["CPUExecutionProvider"])
     finally:
         observed_path.unlink(missing_ok=True)
 
@@ -122,3 +133,33 @@ def _feed(
     if graph_io.POSITION_IDS in {node.name for node in session.get_inputs()}:
         feed[graph_io.POSITION_IDS] = np.arange(past_len, total, dtype=np.int64)[None]
     return feed
+
+
+def _fixed_tokens(session: onnxruntime.InferenceSession) -> int | None:
+    """Tokens that a static graph takes; None for one that takes any number."""
+    tokens = next(node.shape[1] for node in session.get_inputs() if node.name == graph_io.INPUT_IDS)
+    return tokens if isinstance(tokens, int) else None
+
+
+def _fixed_feed(
+    session: onnxruntime.InferenceSession, token_ids: Sequence[int], past_len: int
+) -> dict[str, NDArray[Any]]:
+    """Like ``_feed`` for a static graph, padded as the runner pads: what the padding computes must stay finite too."""
+    shapes = {node.name: node.shape for node in session.get_inputs()}
+    tokens = shapes[graph_io.INPUT_IDS][1]
+    padded = [*token_ids, *[token_ids[-1]] * (tokens - len(token_ids))]
+    feed = {
+        graph_io.INPUT_IDS: np.asarray([padded], np.int64),
+        graph_io.POSITION_IDS: np.arange(past_len, past_len + tokens, dtype=np.int64)[None],
+        graph_io.WRITE_INDEX: np.asarray([past_len], np.int64),
+        graph_io.LOGIT_INDICES: np.asarray([len(token_ids) - 1], np.int64),
+    }
+    return {name: array for name, array in feed.items() if name in shapes}
+
+
+def _appended(cache: dict[str, NDArray[Any]], new_rows: Sequence[NDArray[Any]], start: int) -> dict[str, NDArray[Any]]:
+    """The cache with new rows ``(1, kv_heads, tokens, head_dim)`` from position ``start`` on."""
+    appended = {name: array.copy() for name, array in cache.items()}
+    for array, rows in zip(appended.values(), new_rows, strict=True):
+        array[:, :, start : start + rows.shape[2]] = rows
+    return appended

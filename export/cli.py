@@ -1,4 +1,4 @@
-"""The command line: ``python -m export bundle MODEL --out BUNDLE``, ``distill``, ``pack`` and ``kit``."""
+"""The command line: ``python -m export bundle MODEL --out BUNDLE``, ``distill``, ``pack``, ``kit``, ``sign`` …"""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from edge_llm.errors import EdgeLlmError
 from export.alias import ALIASES
 from export.distill.command import add_distill_parser, run_distill
 from export.errors import ExportError
-from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8, cuda
+from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8, cuda, tensorrt, tensorrt_primitive
 from export.kit import add_kit_parser, run_kit
 from export.packs.command import add_pack_parser, run_pack
 from export.pipeline import ExportOptions, export_bundle
 from export.quantize import BLOCK_SIZES
-from export.verify import DEFAULT_MAX_CUDA_PERPLEXITY_RATIO, DEFAULT_MAX_PERPLEXITY_RATIO, DEFAULT_TEXT
+from export.signing import add_signing_parsers, run_keygen, run_sign
+from export.verify import (
+    DEFAULT_MAX_CUDA_PERPLEXITY_RATIO,
+    DEFAULT_MAX_PERPLEXITY_RATIO,
+    DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO,
+    DEFAULT_TEXT,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +33,8 @@ if TYPE_CHECKING:
     from edge_llm.bundle.manifest import Manifest
     from export.graph.weights import WeightFormat
 
-_TARGETS: Final = ("cpu-int8", "cpu-fp32", "cuda")
+_TARGETS: Final = ("cpu-int8", "cpu-fp32", "cuda", "tensorrt", "tensorrt-primitive")
+_SIGNING: Final = {"keygen": run_keygen, "sign": run_sign}
 _GENERATION: Final = ("max_tokens", "temperature", "repetition_penalty")
 
 
@@ -41,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "kit":
             print(f"written: {run_kit(options)}")
+            return 0
+        if options.command in _SIGNING:
+            print(f"written: {_SIGNING[options.command](options)}")
             return 0
         if options.command == "distill":
             manifest = run_distill(options)
@@ -99,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help=f"the same for the cuda graph (default {DEFAULT_MAX_CUDA_PERPLEXITY_RATIO})",
     )
+    bundle.add_argument(
+        "--max-tensorrt-perplexity-ratio",
+        type=_ratio,
+        default=DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO,
+        metavar="R",
+        help=f"the same for the tensorrt graphs (default {DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO})",
+    )
     bundle.add_argument("--verify", choices=("hf",), help="hf: compare with transformers too (needs torch)")
     bundle.add_argument(
         "--ship-prefix",
@@ -120,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add_distill_parser(commands)
     add_pack_parser(commands)
     add_kit_parser(commands)
+    add_signing_parsers(commands)
     return parser
 
 
@@ -144,6 +162,8 @@ def _export_options(options: argparse.Namespace) -> ExportOptions:
         "cpu-int8": cpu_int8(options.bits, block_size),
         "cpu-fp32": CPU_FP32,
         "cuda": cuda(options.block or DEFAULT_BLOCK_SIZE),
+        "tensorrt": tensorrt(),
+        "tensorrt-primitive": tensorrt_primitive(),
     }
     names = dict.fromkeys(options.target or ["cpu-int8"])
     return ExportOptions(
@@ -152,6 +172,7 @@ def _export_options(options: argparse.Namespace) -> ExportOptions:
         verify_text=options.verify_text,
         max_perplexity_ratio=options.max_perplexity_ratio,
         max_cuda_perplexity_ratio=options.max_cuda_perplexity_ratio,
+        max_tensorrt_perplexity_ratio=options.max_tensorrt_perplexity_ratio,
         context=options.context,
         verify_hf=options.verify == "hf",
         ship_prefix=options.ship_prefix,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -11,8 +11,9 @@ import onnx
 from edge_llm import __version__
 from edge_llm.bundle.manifest import Graph
 from export.console import progress
-from export.graph.builder import DATA_FILE, IR_VERSION, MODEL_FILE, GraphBuilder
+from export.graph.builder import DATA_FILE, MODEL_FILE, PREFILL_FILE, GraphBuilder
 from export.graph.check import check_graph
+from export.graph.io import prefill_chunk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,12 +22,11 @@ if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
     from export.graph.weights import WeightFormat
 
-# The first release with every kernel and option that the graphs and the runner use.
-MIN_ONNXRUNTIME: Final = "1.23"
-
 
 def build_graph(checkpoint: Checkpoint, weights: WeightFormat, dims: ModelDims, folder: Path) -> Path:
     """Write model.onnx and model.onnx.data into ``folder``, which is created; returns the path of model.onnx.
+
+    A static form gets prefill.onnx, too.
 
     Raises:
         ExportError: a weight does not fit the target, or the graph breaks one of its rules.
@@ -46,11 +46,12 @@ def build_graph(checkpoint: Checkpoint, weights: WeightFormat, dims: ModelDims, 
     ):
         architecture.build(graph, checkpoint.tensors, dims)
         path = graph.save(dims, takes_positions=architecture.takes_positions, metadata=metadata)
-    check_graph(onnx.load(str(path), load_external_data=False), weights, dims)
+    for name in (MODEL_FILE, PREFILL_FILE) if weights.is_static else (MODEL_FILE,):
+        check_graph(onnx.load(str(folder / name), load_external_data=False), weights, dims)
     return path
 
 
-def describe_graph(weights: WeightFormat) -> Graph:
+def describe_graph(weights: WeightFormat, dims: ModelDims) -> Graph:
     """The manifest's entry of a target."""
     folder = f"graphs/{weights.target}"
     return Graph(
@@ -61,8 +62,11 @@ def describe_graph(weights: WeightFormat) -> Graph:
         block_size=weights.block_size,
         kv_dtype=weights.float_type,
         opset=weights.kernels.opset,
-        ir_version=IR_VERSION,
-        min_onnxruntime=MIN_ONNXRUNTIME,
+        ir_version=weights.kernels.ir_version,
+        min_onnxruntime=weights.kernels.min_onnxruntime,
+        form=weights.kernels.form,
+        prefill_file=f"{folder}/{PREFILL_FILE}" if weights.is_static else None,
+        prefill_chunk=prefill_chunk(dims) if weights.is_static else None,
     )
 
 
@@ -81,5 +85,6 @@ def estimated_bytes(checkpoint: Checkpoint, weights: WeightFormat, dims: ModelDi
         quantized_bytes = count * weights.bits // 8 + count // 4
         total += quantized_bytes if weights.is_quantized and is_matrix else float_bytes * count
         if is_matrix and shape[0] == dims.vocab_size and not weights.kernels.gathers_blocks:
+            # A table of the head's own beside the embedding's, or rows of padding.
             total += float_bytes * count
     return total

@@ -153,7 +153,7 @@ def _download(own: Path, python: str, architecture: str, folder: Path) -> None:
         f"--python-version={python}",
         *platforms,
         f"--dest={folder}",
-        f"edge-llm[cpu] @ {own.resolve().as_uri()}",
+        f"edge-llm[cpu,signing] @ {own.resolve().as_uri()}",
         problem=f"there are no wheels for Python {python} on {architecture}",
     )
 

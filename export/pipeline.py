@@ -34,14 +34,17 @@ from export.smoothing import SmoothedTensors
 from export.template import make_prompt_template
 from export.verify import (
     DEFAULT_MAX_CUDA_PERPLEXITY_RATIO,
+    DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO,
     check_limit,
     compare,
     expect_greedy,
+    open_judged,
     open_runner,
     read_text_tokens,
     text_windows,
 )
 from export.verify_float16 import check_activations, compare_greedy
+from export.verify_static import UNTESTED_NOTE, static_paths
 from export.vocabulary import trim_checkpoint, trim_vocabulary
 
 if TYPE_CHECKING:
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
 
     from edge_llm.bundle.manifest import Expectation, GraphQuality, ModelDims, PromptTemplate
     from edge_llm.domain.schema import DomainSchema
-    from edge_llm.engine.runner import Runner
     from export.checkpoint import Checkpoint
     from export.graph.weights import WeightFormat
 
@@ -92,6 +94,7 @@ class ExportOptions:
         verify_text: the text that quantised graphs are judged on.
         max_perplexity_ratio: a quantised graph above it fails the export.
         max_cuda_perplexity_ratio: the same for the ``cuda`` graph.
+        max_tensorrt_perplexity_ratio: the same for ``tensorrt`` and ``tensorrt-primitive``.
         verify_hf: whether to compare with transformers as well.
         ship_prefix: whether the bundle brings the KV of the head that all its prompts share.
         name: of the bundle; None is the checkpoint's.
@@ -107,6 +110,7 @@ class ExportOptions:
     verify_text: Path
     max_perplexity_ratio: float
     max_cuda_perplexity_ratio: float = DEFAULT_MAX_CUDA_PERPLEXITY_RATIO
+    max_tensorrt_perplexity_ratio: float = DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO
     context: int | None = None
     verify_hf: bool = False
     ship_prefix: bool = False
@@ -119,6 +123,8 @@ class ExportOptions:
 
     def perplexity_limit(self, weights: WeightFormat) -> float:
         """The limit of one target."""
+        if weights.is_static:
+            return self.max_tensorrt_perplexity_ratio
         return self.max_cuda_perplexity_ratio if weights.target == "cuda" else self.max_perplexity_ratio
 
 
@@ -242,12 +248,14 @@ def _build(
     check_space(folder, needed + _SPARE_BYTES)
     reference = build_graph(checkpoint, CPU_FP32, dims, _graph_folder(folder, CPU_FP32))
     graphs = {CPU_FP32: reference}
-    if len(built) > 1:
+    smoothed = checkpoint
+    if any(weights.is_quantized for weights in built):
         groups = checkpoint.architecture.smoothing_groups()
         magnitudes = measure_magnitudes(reference, dims, [group.activation for group in groups], calibrate)
         smoothed = replace(checkpoint, tensors=SmoothedTensors(checkpoint.tensors, groups, magnitudes))
-        for weights in built[1:]:
-            graphs[weights] = build_graph(smoothed, weights, dims, _graph_folder(folder, weights))
+    for weights in built[1:]:
+        source = smoothed if weights.is_quantized else checkpoint
+        graphs[weights] = build_graph(source, weights, dims, _graph_folder(folder, weights))
     return graphs
 
 
@@ -262,7 +270,7 @@ def _verify(
     graphs: dict[WeightFormat, Path],
     texts: _Texts,
 ) -> tuple[tuple[GraphQuality, ...], dict[str, Any]]:
-    """Judge every quantised graph; returns the manifest's summaries and the contents of quality.json."""
+    """Judge every graph but the reference itself; returns the manifest's summaries and the contents of quality.json."""
     reference = open_runner(graphs[CPU_FP32], dims, CPU_FP32)
     report: dict[str, Any] = {
         "reference": f"cpu-fp32 graph, {checkpoint.reference}",
@@ -272,10 +280,10 @@ def _verify(
     }
     qualities = []
     for weights in options.targets:
-        if not weights.is_quantized:
+        if weights == CPU_FP32:
             continue
         limit = options.perplexity_limit(weights)
-        runner = open_runner(graphs[weights], dims, weights)
+        runner = open_judged(graphs[weights], dims, weights)
         figures = compare(runner, reference, texts.verify, f"verifying {weights.target}")
         check_limit(figures, weights.target, limit)
         quality = figures.quality(weights.target, limit)
@@ -289,8 +297,11 @@ def _verify(
             "max_logit_difference": round(figures.max_logit_difference, 4),
         }
         if weights.float_type == "float16":
-            details |= check_activations(graphs[weights], dims, weights.target, texts.verify)
-            details["greedy"] = _greedy_beside(runner, weights, graphs, dims, texts.verify)
+            measured = static_paths(graphs[weights]).prefill if weights.is_static else graphs[weights]
+            details |= check_activations(measured, dims, weights.target, texts.verify)
+            details["greedy"] = _greedy_beside(weights, graphs, dims, texts.verify)
+        if weights.is_static:
+            details["hardware"] = UNTESTED_NOTE
         report["graphs"].append(msgspec.to_builtins(quality) | details)
     if options.verify_hf:
         from export.verify_hf import compare_with_transformers
@@ -302,7 +313,6 @@ def _verify(
 
 
 def _greedy_beside(
-    runner: Runner,
     weights: WeightFormat,
     graphs: Mapping[WeightFormat, Path],
     dims: ModelDims,
@@ -311,7 +321,8 @@ def _greedy_beside(
     """Greedy tokens beside those of the graph with the same integers, or the float32 one if the bundle has none."""
     same = [other for other in graphs if other.target == "cpu-int8" and other.bits == weights.bits]
     other = same[0] if same else CPU_FP32
-    agreement = compare_greedy(runner, open_runner(graphs[other], dims, other), weights.target, windows)
+    own, reference = (open_runner(graphs[one], dims, one) for one in (weights, other))
+    agreement = compare_greedy(own, reference, weights.target, windows)
     return {"compared_with": other.target} | agreement._asdict()
 
 
@@ -332,10 +343,10 @@ def _manifest(
     expectation: Expectation,
     folder: Path,
 ) -> Manifest:
-    graphs = tuple(describe_graph(weights) for weights in options.targets)
+    graphs = tuple(describe_graph(weights, dims) for weights in options.targets)
     paths = [TOKENIZER_FILE, QUALITY_FILE, *([] if options.domain is None else [DOMAIN_FILE, CARD_FILE])]
     for graph in graphs:
-        paths += [path for path in (graph.file, graph.data_file) if path is not None]
+        paths += graph.files
     # Builds that must not depend on the clock say when they happen (reproducible-builds.org).
     created = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
     return Manifest(

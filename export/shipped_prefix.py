@@ -9,8 +9,8 @@ import msgspec
 from edge_llm.bundle.manifest import TOKENIZER_FILE
 from edge_llm.bundle.prefix_file import PREFIX_FILE, PrefixKV, shipped_prefix_key, write_prefix_file
 from edge_llm.engine.engine import MIN_CHUNK, Engine
+from edge_llm.engine.loading import runner_maker
 from edge_llm.engine.prompt import PromptRenderer
-from edge_llm.engine.runner import Runner
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.engine.tokenizer import Tokenizer
 from export.console import say
@@ -48,7 +48,7 @@ def add_prefix_files(folder: Path, manifest: Manifest) -> Manifest:
         return manifest
     graphs = []
     for graph in manifest.graphs:
-        runner = Runner(folder / graph.file, manifest.model, kv_dtype=graph.kv_dtype)
+        runner = runner_maker(graph, folder / graph.file)(manifest.model, kv_dtype=graph.kv_dtype)
         name = f"graphs/{graph.target}/{PREFIX_FILE}"
         prefix = compute_prefix(Engine(runner, manifest.prompt.stop_token_ids), token_ids)
         write_prefix_file(folder / name, prefix, shipped_prefix_key(manifest, graph.target))

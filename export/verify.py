@@ -10,9 +10,11 @@ import numpy as np
 import tokenizers
 
 from edge_llm.bundle.manifest import Expectation, GraphQuality
-from edge_llm.engine.runner import Runner
+from edge_llm.engine.runner import ModelRunner, Runner
+from edge_llm.engine.static_runner import StaticRunner
 from export.console import progress
 from export.errors import ExportError
+from export.verify_static import open_for_texts, static_paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,6 +29,13 @@ DEFAULT_TEXT: Final = Path(__file__).parent / "data" / "verify_text.txt"
 DEFAULT_MAX_PERPLEXITY_RATIO: Final = 1.01
 # Its matrices are those of cpu-int8, its activations are not quantised.
 DEFAULT_MAX_CUDA_PERPLEXITY_RATIO: Final = 1.005
+# Nothing but the rounding to float16.
+DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO: Final = 1.002
+_LIMIT_FLAGS: Final = {
+    "cuda": "--max-cuda-perplexity-ratio",
+    "tensorrt": "--max-tensorrt-perplexity-ratio",
+    "tensorrt-primitive": "--max-tensorrt-perplexity-ratio",
+}
 # A longer text tells no more and takes minutes.
 _MAX_TOKENS: Final = 16_384
 _WINDOW_TOKENS: Final = 512
@@ -101,7 +110,9 @@ def text_windows(token_ids: Sequence[int], max_seq_len: int) -> list[list[int]]:
     return [list(token_ids[start : start + length]) for start in range(0, len(token_ids) - 1, length)]
 
 
-def compare(graph: Runner, reference: Runner, windows: Sequence[Sequence[int]], description: str) -> Comparison:
+def compare(
+    graph: ModelRunner, reference: ModelRunner, windows: Sequence[Sequence[int]], description: str
+) -> Comparison:
     """Run both over texts, each from an empty cache and in chunks as a prefill has them.
 
     Args:
@@ -143,16 +154,17 @@ def compare(graph: Runner, reference: Runner, windows: Sequence[Sequence[int]], 
 def check_limit(comparison: Comparison, target: str, max_perplexity_ratio: float) -> None:
     """Raises ``ExportError`` naming the figure if the graph is worse than the limit."""
     ratio = comparison.perplexity_ratio
-    flag = "--max-cuda-perplexity-ratio" if target == "cuda" else "--max-perplexity-ratio"
+    flag = _LIMIT_FLAGS.get(target, "--max-perplexity-ratio")
+    advice = "leave it out" if "tensorrt" in target else "use --bits 8 or a smaller --block"
     if not ratio <= max_perplexity_ratio:
         raise ExportError(
             f"{target}: perplexity ratio {ratio:.4f} is above the limit of {max_perplexity_ratio:g} (top-1 agreement "
-            f"{comparison.top1_agreement:.3f}): no bundle was written; use --bits 8 or a smaller --block, or accept it "
-            f"with {flag} {np.ceil(ratio * 100) / 100:.2f}"
+            f"{comparison.top1_agreement:.3f}): no bundle was written; {advice}, or accept it with "
+            f"{flag} {np.ceil(ratio * 100) / 100:.2f}"
         )
 
 
-def expect_greedy(runner: Runner, prompt_token_ids: Sequence[int], count: int = 16) -> Expectation:
+def expect_greedy(runner: ModelRunner, prompt_token_ids: Sequence[int], count: int = 16) -> Expectation:
     """What this graph generates greedily, for the bundle's self-test.
 
     The record ends early before a token that is not clearly the best, since another processor's rounding may choose
@@ -177,12 +189,19 @@ def expect_greedy(runner: Runner, prompt_token_ids: Sequence[int], count: int = 
     return Expectation(prompt_token_ids=tuple(prompt), token_ids=tuple(generated))
 
 
-def open_runner(graph_path: Path, dims: ModelDims, weights: WeightFormat) -> Runner:
+def open_runner(graph_path: Path, dims: ModelDims, weights: WeightFormat) -> ModelRunner:
     """The serving engine's runner over one target's graph."""
+    if weights.is_static:
+        return StaticRunner(static_paths(graph_path), dims, kv_dtype=weights.float_type)
     return Runner(graph_path, dims, kv_dtype=weights.float_type)
 
 
-def _chunks(runner: Runner, window: Sequence[int]) -> Iterator[Float32Array]:
+def open_judged(graph_path: Path, dims: ModelDims, weights: WeightFormat) -> ModelRunner:
+    """A runner for ``compare``, which asks for the logits of every token."""
+    return (open_for_texts if weights.is_static else open_runner)(graph_path, dims, weights)
+
+
+def _chunks(runner: ModelRunner, window: Sequence[int]) -> Iterator[Float32Array]:
     """Logits of every position of a window, ``(chunk, vocab)`` at a time."""
     for start in range(0, len(window), _CHUNK_TOKENS):
         chunk = window[start : start + _CHUNK_TOKENS]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge_llm.bundle.manifest import ModelDims
-    from edge_llm.engine.runner import Runner
+    from edge_llm.engine.runner import ModelRunner
     from export.tensors import Float32Array
 
 # float16 ends at 65,504; other texts than this one will reach further.
@@ -58,7 +58,7 @@ def check_activations(
     """Run the texts and look at every tensor of the graph.
 
     Args:
-        graph_path: a float16 graph.
+        graph_path: a float16 graph; of a static form, the one for prefill.
         dims: the model's shape.
         target: what to call it.
         windows: token ids of texts that each fit the context.
@@ -85,7 +85,9 @@ def check_activations(
     }
 
 
-def compare_greedy(graph: Runner, reference: Runner, target: str, windows: Sequence[Sequence[int]]) -> GreedyAgreement:
+def compare_greedy(
+    graph: ModelRunner, reference: ModelRunner, target: str, windows: Sequence[Sequence[int]]
+) -> GreedyAgreement:
     """Prefill the beginning of a text in chunks, then decode greedily; both graphs are given the reference's tokens.
 
     Args:

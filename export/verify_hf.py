@@ -13,7 +13,7 @@ from export.torch_model import model_from_tensors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edge_llm.engine.runner import Runner
+    from edge_llm.engine.runner import ModelRunner
     from export.checkpoint import Checkpoint
     from export.tensors import Float32Array
 
@@ -27,7 +27,9 @@ _RELATIVE_TOLERANCE: Final = 1e-3
 _CLEAR_MARGIN: Final = 1e-3
 
 
-def compare_with_transformers(checkpoint: Checkpoint, reference: Runner, token_ids: Sequence[int]) -> dict[str, Any]:
+def compare_with_transformers(
+    checkpoint: Checkpoint, reference: ModelRunner, token_ids: Sequence[int]
+) -> dict[str, Any]:
     """Compare logits over a prompt and tokens of a greedy answer.
 
     Args:
@@ -98,7 +100,7 @@ def _forward(model: Any, token_ids: Sequence[int]) -> Float32Array:
     return logits
 
 
-def _greedy(runner: Runner, prompt: Sequence[int], count: int) -> list[int]:
+def _greedy(runner: ModelRunner, prompt: Sequence[int], count: int) -> list[int]:
     answer: list[int] = []
     chunk, past_len = list(prompt), 0
     while len(answer) < count:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # Lower packages know nothing of the ones above them.
 LAYERS = [
     {"cli", "__main__"},
-    {"daemon", "demo", "ask", "doctor", "bench", "tune", "cache_command", "feedback_command", "install_command"},
+    {"daemon", "demo", "ask", "doctor", "bench", "tune"}
+    | {"cache_command", "feedback_command", "install_command", "verify_command"},
     {"local_broker", "installation"},
     {"unit_files"},
     {"mqtt", "serving"},

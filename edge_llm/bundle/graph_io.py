@@ -33,13 +33,13 @@ or the chunk, their inputs are:
 and their outputs ``logits (1, 1, vocab) float32``, ``next_token_ids (1, 1) int64``, and
 
 - ``scatter``: ``present_key.{layer}`` / ``present_value.{layer}``, at the addresses of the past ones;
-- ``primitive``: ``new_key.{layer}`` / ``new_value.{layer} (1, kv_heads, tokens, head_dim)``, which the runner copies into
-  the cache; the past is only read.
+- ``primitive``: ``new_key.{layer}`` / ``new_value.{layer} (1, kv_heads, tokens, head_dim)``, which the runner copies
+  into the cache; the past is only read.
 
-A chunk with fewer tokens is padded behind them. That is harmless: a token sees only positions up to its own, so no real
-token sees the padding; and a position behind the valid ones, where ``scatter`` writes the padding's keys and values, is
-overwritten by its own token before any token can see it. The padding must only be finite, since a probability of 0 times
-infinity is no number: it repeats the last token.
+A chunk with fewer tokens is padded behind them. That is harmless: a token sees only positions up to its own, so no
+real token sees the padding; and a position behind the valid ones, where ``scatter`` writes the padding's keys and
+values, is overwritten by its own token before any token can see it. The padding must only be finite, since a
+probability of 0 times infinity is no number: it repeats the last token.
 """
 
 from __future__ import annotations

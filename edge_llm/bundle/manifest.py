@@ -2,26 +2,33 @@
 
 A bundle is a folder::
 
-    BUNDLE/manifest.json
+    BUNDLE/manifest.json  manifest.sig
     BUNDLE/tokenizer.json
     BUNDLE/quality.json
     BUNDLE/domain.json       README.md
-    BUNDLE/graphs/<target>/model.onnx  model.onnx.data  prefix.kv
+    BUNDLE/graphs/<target>/model.onnx  prefill.onnx  model.onnx.data  prefix.kv
 
-Only files that the manifest names are opened, after their size and SHA-256 have been checked.
+Only files that the manifest names are opened, after their size and SHA-256 have been checked; and where keys are
+trusted, only if one of them has signed the manifest (signature.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
-from typing import Annotated, Final, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
+from edge_llm.bundle.files import check_plain_file, read_plain_file
+from edge_llm.bundle.graph_guard import check_graph_file
+from edge_llm.bundle.signature import check_signature
 from edge_llm.errors import BundleIntegrityError, BundleNotFoundError, ManifestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
@@ -29,10 +36,13 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 QUALITY_FILE: Final = "quality.json"
 # Above any real manifest, and small enough that a hostile one cannot exhaust a board's memory.
 MAX_MANIFEST_BYTES: Final = 4 << 20
+# Files that are read as a whole, by name; domain.json has its bound in edge_llm/domain/schema.py.
+_MAX_BYTES: Final = {TOKENIZER_FILE: 128 << 20, QUALITY_FILE: 4 << 20}
 _PATH_PATTERN: Final = re.compile(r"(graphs/[a-z0-9-]{1,64}/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
-PositiveInt = Annotated[int, Meta(ge=1)]
-TokenId = Annotated[int, Meta(ge=0)]
+# Above what any model has; a loop over it still ends.
+PositiveInt = Annotated[int, Meta(ge=1, le=1 << 24)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -44,7 +54,7 @@ class FileEntry(_Strict, frozen=True):
     """One file of the bundle, by its path relative to the bundle folder."""
 
     path: str
-    size_bytes: Annotated[int, Meta(ge=0)]
+    size_bytes: Annotated[int, Meta(ge=0, lt=1 << 48)]
     sha256: Sha256
 
 
@@ -52,7 +62,7 @@ class ModelDims(_Strict, frozen=True):
     """The model's shape. ``max_seq_len`` is the static length of the KV cache in tokens."""
 
     architecture: Literal["gpt2", "llama"]
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Meta(ge=1, le=1024)]
     num_heads: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
@@ -63,18 +73,35 @@ class ModelDims(_Strict, frozen=True):
 
 # A field that is not set is left out, so that a device which does not know it yet reads the manifest all the same.
 class Graph(_Strict, frozen=True, omit_defaults=True):
-    """One exported form of the model. ``prefix_file`` is the KV of the shared head of its prompts, if it is shipped."""
+    """One exported form of the model (edge_llm/bundle/graph_io.py describes each ``form``).
+
+    A static form has two graphs over one data file: ``file`` decodes, ``prefill_file`` takes ``prefill_chunk`` tokens.
+    ``prefix_file`` is the KV of the shared head of its prompts, if it is shipped.
+    """
 
     target: str
     file: str
     data_file: str | None
-    bits: Literal[4, 8, 32]
+    bits: Literal[4, 8, 16, 32]
     block_size: Annotated[int, Meta(ge=0)]
     kv_dtype: Literal["float32", "float16"]
     opset: PositiveInt
     ir_version: PositiveInt
     min_onnxruntime: str
     prefix_file: str | None = None
+    form: Literal["gqa", "scatter", "primitive"] = "gqa"
+    prefill_file: str | None = None
+    prefill_chunk: PositiveInt | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it is two graphs of fixed shapes."""
+        return self.form != "gqa"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Everything that is needed to run it, relative to the bundle."""
+        return tuple(name for name in (self.file, self.prefill_file, self.data_file) if name is not None)
 
 
 class RolePieces(_Strict, frozen=True):
@@ -147,12 +174,12 @@ class Manifest(_Strict, frozen=True, omit_defaults=True):
     created: str
     exporter: dict[str, str]
     model: ModelDims
-    graphs: Annotated[tuple[Graph, ...], Meta(min_length=1)]
+    graphs: Annotated[tuple[Graph, ...], Meta(min_length=1, max_length=64)]
     prompt: PromptTemplate
     generation: GenerationDefaults
     quality: tuple[GraphQuality, ...]
     expectation: Expectation
-    files: Annotated[tuple[FileEntry, ...], Meta(min_length=1)]
+    files: Annotated[tuple[FileEntry, ...], Meta(min_length=1, max_length=512)]
     domain_file: str | None = None
 
     def graph(self, target: str) -> Graph:
@@ -179,24 +206,32 @@ class Bundle:
         self.digest = digest
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
+    def open(cls, path: str | Path, keys: Sequence[str | Path] = ()) -> Bundle:
         """Read and validate the manifest.
+
+        Args:
+            path: the folder.
+            keys: PEM files of public keys, one of which must have signed the manifest; none is asked for if empty.
 
         Raises:
             BundleNotFoundError: no such folder, or no manifest in it.
+            BundleSignatureError: no trusted key has signed it.
+            BundleIntegrityError: the manifest is a link, or too large.
             ManifestError: the manifest is malformed, or of another format version.
+            ConfigError: a key cannot be used.
         """
         folder = Path(path)
         manifest_path = folder / MANIFEST_FILE
         if not folder.is_dir():
             raise BundleNotFoundError(f"no bundle at {folder}: give the folder that `python -m export bundle` wrote")
         try:
-            with manifest_path.open("rb") as stream:
-                raw = stream.read(MAX_MANIFEST_BYTES + 1)
+            raw = read_plain_file(manifest_path, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             raise BundleNotFoundError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}") from None
-        if len(raw) > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"{manifest_path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        except OSError as error:
+            raise BundleNotFoundError(f"{manifest_path} cannot be read: {error.strerror}") from None
+        if keys:
+            check_signature(folder, raw, keys)
         return cls(folder, decode_manifest(raw), hashlib.sha256(raw).hexdigest())
 
     def entry(self, name: str) -> FileEntry:
@@ -210,15 +245,26 @@ class Bundle:
         """Path of a file that the manifest names, once its size and hash have been checked.
 
         Raises:
-            BundleNotFoundError: it is missing.
-            BundleIntegrityError: it is a link, or its size or hash differs.
+            BundleNotFoundError: it is missing or cannot be read.
+            BundleIntegrityError: it is a link, its size or hash differs, or it is a graph that reads other files.
         """
         entry = self.entry(name)
         path = self.path / entry.path
-        if path.is_symlink() or not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleIntegrityError(f"{path} is a link; a bundle holds plain files only")
         try:
-            size_bytes = path.stat().st_size
+            return self._verified(path, entry)
+        except BundleNotFoundError:
+            raise
+        except OSError as error:
+            raise BundleNotFoundError(f"{path} cannot be read: {error.strerror}") from None
+
+    def _verified(self, path: Path, entry: FileEntry) -> Path:
+        folder = self.path
+        for part in PurePosixPath(entry.path).parts[:-1]:
+            folder /= part
+            if folder.is_symlink():
+                raise BundleIntegrityError(f"{folder} is a link; a bundle holds plain files only")
+        try:
+            size_bytes = check_plain_file(path)
         except FileNotFoundError:
             raise BundleNotFoundError(f"{path} is missing: export or copy the bundle again") from None
         if size_bytes != entry.size_bytes:
@@ -227,6 +273,9 @@ class Bundle:
             )
         if sha256_file(path) != entry.sha256:
             raise BundleIntegrityError(f"{path} does not match its SHA-256 in the manifest: copy the bundle again")
+        for graph in self.manifest.graphs:
+            if entry.path in (graph.file, graph.prefill_file):
+                check_graph_file(path, None if graph.data_file is None else PurePosixPath(graph.data_file).name)
         return path
 
     def verify(self) -> None:
@@ -263,11 +312,15 @@ def _check_consistency(manifest: Manifest) -> None:
             raise ManifestError(
                 f"manifest.json names the file {name!r}: only flat names and graphs/<target>/ are allowed"
             )
+    for entry in manifest.files:
+        if entry.size_bytes > _MAX_BYTES.get(entry.path, entry.size_bytes):
+            raise ManifestError(f"{entry.path} may have {_MAX_BYTES[entry.path]} bytes, not {entry.size_bytes}")
     if len(set(names)) != len(names):
         raise ManifestError("manifest.json lists a file twice")
     needed = [TOKENIZER_FILE, QUALITY_FILE, *filter(None, [manifest.domain_file])]
     for graph in manifest.graphs:
-        needed += [name for name in (graph.file, graph.data_file, graph.prefix_file) if name is not None]
+        needed += [*graph.files, *filter(None, [graph.prefix_file])]
+        _check_graph(graph)
     for name in needed:
         if name not in names:
             raise ManifestError(f"manifest.json uses the file {name!r} but does not list it under `files`")
@@ -277,6 +330,19 @@ def _check_consistency(manifest: Manifest) -> None:
     ids = (*manifest.prompt.stop_token_ids, *manifest.expectation.prompt_token_ids, *manifest.expectation.token_ids)
     if any(token_id >= model.vocab_size for token_id in ids):
         raise ManifestError(f"manifest.json holds a token id outside the vocabulary of {model.vocab_size}")
+
+
+def _check_graph(graph: Graph) -> None:
+    if graph.is_static != (graph.prefill_file is not None) or graph.is_static != (graph.prefill_chunk is not None):
+        raise ManifestError(
+            f"the {graph.target} graph of form {graph.form!r} must have prefill_file and prefill_chunk just if it "
+            f"is static: export the bundle again"
+        )
+    folders = {PurePosixPath(name).parent for name in graph.files}
+    models = [name for name in graph.files if name != graph.data_file]
+    # By other names ONNX Runtime would read other formats, and it looks for the data beside the graph.
+    if len(folders) > 1 or not all(name.endswith(".onnx") for name in models):
+        raise ManifestError(f"the {graph.target} graph must be .onnx files with their data in the same folder")
 
 
 def sha256_file(path: Path) -> str:

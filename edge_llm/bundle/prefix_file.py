@@ -110,6 +110,7 @@ def shipped_prefix_key(manifest: Manifest, target: str) -> str:
         msgspec.json.encode(manifest.prompt).decode(),
         hashes[graph.file],
         "" if graph.data_file is None else hashes[graph.data_file],
+        *([] if graph.prefill_file is None else [hashes[graph.prefill_file]]),
     )
 
 

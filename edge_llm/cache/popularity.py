@@ -186,6 +186,11 @@ class Popularity:
                 self._mirrors.pop(name, None)
         return removed
 
+    def forget_mirrors(self) -> None:
+        """Drop what is in memory; what the file still holds is read again when it is needed."""
+        with self._lock:
+            self._mirrors.clear()
+
     def _mirror(self, user: str) -> _Mirror:
         """The user's queries in memory, read from the file if they are not there. Under the lock."""
         self._forget_erased()

@@ -97,11 +97,20 @@ class PrefixLint:
     Args:
         db: the state file; it holds the latest finding of each user.
         log_interval_s: at most one warning a user in this time.
+        excerpts: whether a finding shows what varies, which may be a user's words.
         clock: seconds since 1970.
     """
 
-    def __init__(self, db: StateDb, *, log_interval_s: float = 3600.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        db: StateDb,
+        *,
+        log_interval_s: float = 3600.0,
+        excerpts: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._db = db
+        self._excerpts = excerpts
         self._log_interval_s = log_interval_s
         self._clock = clock
         self._lock = threading.Lock()
@@ -132,7 +141,7 @@ class PrefixLint:
             habit = state.count >= MIN_COUNT
         now = self._clock()
         position, piece = varying
-        excerpt = _excerpt(tokenizer_decode([int(token_id) for token_id in piece]))
+        excerpt = _excerpt(tokenizer_decode([int(token_id) for token_id in piece])) if self._excerpts else ""
         finding = Finding(user, position, len(head) - position, excerpt, 1, now)
         self._db.write(lambda connection: _store(connection, finding))
         with self._lock:
@@ -147,11 +156,19 @@ class PrefixLint:
         """What was found lately, by any process, the latest first; also what happened once only."""
         return stored_findings(self._db)
 
+    def forget_heads(self) -> None:
+        """Drop what is in memory to compare with."""
+        with self._lock:
+            self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._users.clear()
+        self._nbytes = 0
+
     def _remember(self, user: str, head: _Head) -> _User | None:
         """The user's state, if ``head`` is new and there is something to compare it with."""
         if self._watch.erased():  # what varied may have been a name
-            self._users.clear()
-            self._nbytes = 0
+            self._forget_all()
         state = self._users.setdefault(user, _User())
         self._users.move_to_end(user)
         if len(self._users) > _MAX_USERS:

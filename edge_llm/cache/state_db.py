@@ -99,7 +99,12 @@ class StateDb:
                 "the state file cannot be used: answers and popular queries are kept in memory only",
                 extra={"path": str(path), "reason": str(error)},
             )
-            return cls(None, open_memory())
+            return cls.volatile()
+
+    @classmethod
+    def volatile(cls) -> StateDb:
+        """A database in memory, which ends with the process and which no other process can see."""
+        return cls(None, open_memory())
 
     @property
     def in_memory(self) -> bool:

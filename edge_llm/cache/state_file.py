@@ -90,6 +90,14 @@ def open_memory() -> Connections:
     return Connections(connection, connection)
 
 
+def remove_state(path: Path) -> bool:
+    """Delete the database and the files beside it. False if there was none. Raises ``OSError``."""
+    there = [file for file in state_files(path) if file.exists()]
+    for file in there:
+        file.unlink(missing_ok=True)
+    return bool(there)
+
+
 def state_files(path: Path) -> list[Path]:
     """The database and the files that SQLite keeps beside it, whether or not they exist now."""
     return [path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm", "-journal"))]

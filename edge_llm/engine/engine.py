@@ -12,7 +12,7 @@ from edge_llm.errors import ContextOverflowError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from edge_llm.engine.runner import Runner
+    from edge_llm.engine.runner import ModelRunner
 
 # The fewest tokens that a prefill runs at once, but for a prompt that has no more.
 MIN_CHUNK: Final = 2
@@ -68,7 +68,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         stop_token_ids: Collection[int],
         prefill_chunk: int = 64,
         make_sampler: Callable[[SamplingParams, Sequence[int]], Sampler] = Sampler,
@@ -178,7 +178,7 @@ class Engine:
                     # The others of the batch must not suffer for one's sampling.
                     state.fault = fault
 
-    def replace_runner(self, runner: Runner) -> None:
+    def replace_runner(self, runner: ModelRunner) -> None:
         """Go on with another runner of the same model and as many slots; no sequence may be running."""
         assert self.slots.free_count == self.slots.count == runner.cache.slots
         self.slots.forget_all()

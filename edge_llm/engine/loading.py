@@ -23,8 +23,9 @@ from edge_llm.device.session import CPU, placement
 from edge_llm.domain.domain import Domain
 from edge_llm.engine.engine import Engine
 from edge_llm.engine.prompt import PromptRenderer
-from edge_llm.engine.runner import Runner
+from edge_llm.engine.runner import ModelRunner, Runner
 from edge_llm.engine.sampler import Sampler, SamplingParams
+from edge_llm.engine.static_runner import StaticPaths, StaticRunner
 from edge_llm.engine.tokenizer import Tokenizer
 from edge_llm.errors import BundleError, ConfigError, ProviderError, UnsupportedBundleError
 
@@ -117,7 +118,8 @@ def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report
     """The model on one provider, seen to answer right. Raises ``ProviderError`` if it cannot be."""
     graph = candidate.graph
     check_memory(memory_needs(bundle, config, graph))
-    if config.engine.prepare and candidate.provider.name == CPU:
+    # A static form is for a provider that compiles it; the processor runs it to check it.
+    if config.engine.prepare and candidate.provider.name == CPU and not graph.is_static:
         report("preparing")
         try:
             graph_path = prepared_graph(bundle, graph.target, cache_dir(config))
@@ -127,15 +129,13 @@ def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report
         else:
             report("loading")
             model = _load(bundle, config, candidate, graph_path, prepared=True)
-            if self_test(model):
+            if _passes(model, candidate):
                 return model
             _log.warning("the prepared copy answers wrongly, serving the bundle's own graph: please report this")
     report("loading")
-    graph_path = bundle.verified_path(graph.file)
-    if graph.data_file is not None:
-        bundle.verified_path(graph.data_file)
+    graph_path, *_ = (bundle.verified_path(name) for name in graph.files)
     model = _load(bundle, config, candidate, graph_path, prepared=False)
-    if not self_test(model):
+    if not _passes(model, candidate):
         raise ProviderError(
             f"{candidate} does not generate the token recorded at export: it would answer wrongly here. Try another "
             "onnxruntime"
@@ -147,13 +147,26 @@ def memory_needs(bundle: Bundle, config: Config, graph: Graph) -> dict[str, int]
     """Bytes that a graph will take once every slot and the prefix cache are full, by what they are for."""
     dims, settings = bundle.manifest.model, config.engine
     positions = min(dims.max_seq_len, settings.context or dims.max_seq_len)
+    # Each of a static form's two sessions has the weights of its own.
+    copies = 2 if graph.is_static else 1
     per_token = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * np.dtype(graph.kv_dtype).itemsize
     return {
-        "weights": bundle.entry(graph.data_file or graph.file).size_bytes,
+        "weights": copies * bundle.entry(graph.data_file or graph.file).size_bytes,
         f"{settings.slots} slots of {positions} tokens": settings.slots * positions * per_token,
         "prefix cache": config.cache.max_bytes if config.cache.prefix else 0,
         "program": _PROGRAM_BYTES,
     }
+
+
+def _passes(model: LoadedModel, candidate: Candidate) -> bool:
+    """``self_test``; raises ``ProviderError`` if the graph cannot even be run."""
+    try:
+        return self_test(model)
+    except Exception as error:  # ONNX Runtime raises bare RuntimeErrors, and a wrong shape a ValueError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ProviderError(
+            f"{candidate} cannot be run, so graph and manifest may not belong together: {reason}"
+        ) from None
 
 
 def self_test(model: LoadedModel) -> bool:
@@ -179,8 +192,7 @@ def _load(bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path
         raise UnsupportedBundleError(
             f"tokenizer.json has {tokenizer.vocab_size} tokens, the model {manifest.model.vocab_size}: export it again"
         )
-    runner = Runner(
-        graph_path,
+    runner = runner_maker(candidate.graph, graph_path)(
         manifest.model,
         slots=config.engine.slots,
         threads=config.engine.threads,
@@ -188,7 +200,8 @@ def _load(bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path
         kv_dtype=candidate.graph.kv_dtype,
         context=config.engine.context,
     )
-    check_placement(placement(runner.session), candidate.provider.name)
+    for session in runner.sessions:
+        check_placement(placement(session), candidate.provider.name)
     domain = Domain.from_bundle(bundle, tokenizer)
     make_sampler = Sampler if domain is None else domain.sampler
     engine = Engine(runner, manifest.prompt.stop_token_ids, config.engine.prefill_chunk, make_sampler)
@@ -196,6 +209,19 @@ def _load(bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path
     trim_memory()
     choice = ProviderChoice(candidate.provider.name, candidate.graph.target)
     return LoadedModel(bundle, engine, tokenizer, renderer, choice, prepared, time.monotonic() - started, domain)
+
+
+def runner_maker(graph: Graph, graph_path: Path) -> Callable[..., ModelRunner]:
+    """What runs a graph of that form: it is called with the model's shape and the settings of ``Runner``.
+
+    Args:
+        graph: the manifest's entry.
+        graph_path: its file, or the prepared copy; what else a static form has lies beside it.
+    """
+    if graph.prefill_file is None:
+        return functools.partial(Runner, graph_path)
+    prefill_path = graph_path.with_name(graph.prefill_file.rpartition("/")[2])
+    return functools.partial(StaticRunner, StaticPaths(graph_path, prefill_path))
 
 
 def _template(template: PromptTemplate, config: Config) -> PromptTemplate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -18,6 +18,40 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_llm.bundle.manifest import ModelDims
+
+
+class ModelRunner(Protocol):
+    """What the engine asks of a runner: this file's ``Runner`` documents each, static_runner.py has the other one.
+
+    Attributes:
+        dims: the model's shape.
+        max_seq_len: positions of a row that are used.
+        cache: its rows are the slots.
+        session: runs the decode steps.
+    """
+
+    dims: ModelDims
+    max_seq_len: int
+    cache: KVCache
+    session: Any
+
+    @property
+    def sessions(self) -> tuple[Any, ...]:
+        """Every ONNX Runtime session that it runs."""
+
+    def decode(self, first_slot: int, token_ids: Sequence[int], past_lens: Sequence[int]) -> NDArray[np.int64]:
+        """Append one token to each of neighbouring slots."""
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """Logits of a row of the last ``decode`` or ``prefill``."""
+
+    def prefill(self, slot: int, token_ids: Sequence[int], past_len: int) -> int:
+        """Append several tokens to one slot; returns the most likely token after the last one."""
+
+    def forward(
+        self, slot: int, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Append tokens to one slot and return the logits after chosen ones of them."""
 
 
 class Runner:
@@ -66,6 +100,11 @@ class Runner:
         self._decode_bindings: dict[tuple[int, int], Any] = {}
         self._prefill_bindings: dict[int, Any] = {}
 
+    @property
+    def sessions(self) -> tuple[Any, ...]:
+        """The one session."""
+        return (self.session,)
+
     def decode(self, first_slot: int, token_ids: Sequence[int], past_lens: Sequence[int]) -> NDArray[np.int64]:
         """Append one token to each of neighbouring slots, in one run.
 
@@ -104,8 +143,8 @@ class Runner:
             past_len: how many positions of the row are valid before.
         """
         binding = self._bind_prefill(slot, token_ids, past_len, [len(token_ids) - 1])
-        _bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:1])
-        _bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:1])
+        bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:1])
+        bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:1])
         self.session.run_with_iobinding(binding)
         return int(self._next_ids[0, 0])
 
@@ -127,22 +166,22 @@ class Runner:
         count = len(logit_indices)
         logits = np.empty((1, count, self.dims.vocab_size), np.float32)
         next_ids = np.empty((1, count), np.int64)
-        _bind_array(binding.bind_output, graph_io.LOGITS, logits)
-        _bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, next_ids)
+        bind_array(binding.bind_output, graph_io.LOGITS, logits)
+        bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, next_ids)
         self.session.run_with_iobinding(binding)
         return cast("NDArray[np.float32]", logits[0])
 
     def _bind_decode(self, first_slot: int, batch: int) -> Any:
         binding = self.session.io_binding()
         self._bind_cache(binding, first_slot, batch)
-        _bind_array(binding.bind_input, graph_io.INPUT_IDS, self._input_ids[:batch])
+        bind_array(binding.bind_input, graph_io.INPUT_IDS, self._input_ids[:batch])
         if self._takes_positions:
-            _bind_array(binding.bind_input, graph_io.POSITION_IDS, self._position_ids[:batch])
-        _bind_array(binding.bind_input, graph_io.SEQLENS_K, self._seqlens_k[:batch])
-        _bind_array(binding.bind_input, graph_io.TOTAL_SEQUENCE_LENGTH, self._total_len)
-        _bind_array(binding.bind_input, graph_io.LOGIT_INDICES, self._first_row)
-        _bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:batch])
-        _bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:batch])
+            bind_array(binding.bind_input, graph_io.POSITION_IDS, self._position_ids[:batch])
+        bind_array(binding.bind_input, graph_io.SEQLENS_K, self._seqlens_k[:batch])
+        bind_array(binding.bind_input, graph_io.TOTAL_SEQUENCE_LENGTH, self._total_len)
+        bind_array(binding.bind_input, graph_io.LOGIT_INDICES, self._first_row)
+        bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:batch])
+        bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:batch])
         return binding
 
     def _bind_prefill(self, slot: int, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]) -> Any:
@@ -168,11 +207,11 @@ class Runner:
             names = zip(graph_io.past_names(layer), graph_io.present_names(layer), pair, strict=True)
             for past_name, present_name, buffer in names:
                 rows = buffer[first_slot : first_slot + batch]
-                _bind_array(binding.bind_input, past_name, rows)
-                _bind_array(binding.bind_output, present_name, rows)
+                bind_array(binding.bind_input, past_name, rows)
+                bind_array(binding.bind_output, present_name, rows)
 
 
-def _bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:
+def bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:
     """Bind a CPU array by address; it must stay alive and contiguous as long as the binding."""
     assert array.flags.c_contiguous
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

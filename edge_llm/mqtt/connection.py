@@ -6,10 +6,8 @@ Only this file and client.py know paho.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import ssl
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -20,6 +18,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edge_llm.config import refuse_if_open_to_all
 from edge_llm.errors import ConfigError
 from edge_llm.mqtt.messages import Incoming
 
@@ -95,7 +94,7 @@ class Credentials:
         if config.password_file is not None:
             if config.username is None:
                 raise ConfigError("mqtt.password_file is set without mqtt.username")
-            _refuse_if_open_to_all("mqtt.password_file", config.password_file)
+            refuse_if_open_to_all("mqtt.password_file", config.password_file)
             try:
                 password = Path(config.password_file).read_text(encoding="utf-8").rstrip("\r\n")
             except (OSError, UnicodeDecodeError) as error:
@@ -219,20 +218,12 @@ def _properties(packet_type: int) -> Properties:
     return Properties(packet_type)  # type: ignore[no-untyped-call]
 
 
-def _refuse_if_open_to_all(setting: str, path: str) -> None:
-    """See that a secret is for its owner, or a group. A file that is not there is left to whoever opens it."""
-    with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-        if mode & stat.S_IRWXO:
-            raise ConfigError(f"{setting} {path} is open to every user here (mode {mode:04o}): chmod 600 {path}")
-
-
 def _tls_context(tls: TlsConfig) -> ssl.SSLContext:
     # The key may stand in the certificate's file.
     if tls.key_file is not None:
-        _refuse_if_open_to_all("mqtt.tls.key_file", tls.key_file)
+        refuse_if_open_to_all("mqtt.tls.key_file", tls.key_file)
     elif tls.cert_file is not None:
-        _refuse_if_open_to_all("mqtt.tls.cert_file, which holds the key,", tls.cert_file)
+        refuse_if_open_to_all("mqtt.tls.cert_file, which holds the key,", tls.cert_file)
     try:
         context = ssl.create_default_context(cafile=tls.ca_file)
         # Python's own defaults, but a system's OpenSSL configuration may say otherwise.

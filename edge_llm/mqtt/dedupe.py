@@ -89,6 +89,12 @@ class DedupeTable:
             self._finished_bytes += seen.reply.terminal_bytes
             self._forget_old()
 
+    def forget(self, concerns: Callable[[str], bool]) -> None:
+        """Forget the finished queries of some users, and their answers: such a query runs again if it is repeated."""
+        with self._lock:
+            for key in [key for key in self._finished if concerns(key[0])]:
+                self._drop(key)
+
     def __len__(self) -> int:
         with self._lock:
             return len(self._running) + len(self._finished)

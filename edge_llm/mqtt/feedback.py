@@ -11,6 +11,8 @@ import msgspec
 from edge_llm.cache.feedback_log import FeedbackEntry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edge_llm.cache.feedback_log import FeedbackLog, Reason
     from edge_llm.mqtt.dedupe import Key
     from edge_llm.mqtt.messages import Feedback
@@ -52,6 +54,12 @@ class FeedbackRecorder:
         if found is not None:
             entry = _entry(key, "rated", *found, rating=feedback.rating, correction=feedback.correction)
             self._log.record(entry)
+
+    def forget(self, concerns: Callable[[str], bool]) -> None:
+        """Forget the answers of some users: they cannot be rated any more."""
+        with self._lock:
+            for key in [key for key in self._recent if concerns(key[0])]:
+                del self._recent[key]
 
 
 def _entry(

@@ -38,6 +38,7 @@ from edge_llm.serving.request import Final as FinalAnswer
 
 if TYPE_CHECKING:
     from edge_llm.bundle.manifest import GenerationDefaults
+    from edge_llm.cache.erasure import Erasure
     from edge_llm.config import Config
     from edge_llm.device.power import PowerLevel
     from edge_llm.metrics import Metrics
@@ -153,6 +154,12 @@ class Gateway:
             self._info = msgspec.json.encode({**info, "v": 1, "node": self._node})
             if self.link.connected:
                 self._publish_retained(self.topics.info, self._info)
+
+    def forget(self, erasure: Erasure) -> None:
+        """Drop the answers that are kept for repeated queries, and for ratings."""
+        self._seen.forget(erasure.concerns)
+        if self._recorder is not None:
+            self._recorder.forget(erasure.concerns)
 
     def close(self, timeout_s: float) -> None:
         """Publish that we are offline, wait at most ``timeout_s`` for the broker to take what is owed, disconnect.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -10,20 +11,21 @@ import msgspec
 import onnxruntime as ort
 
 from edge_llm.bundle.prefix_file import read_prefix_file, shipped_prefix_key, snapshot_key
-from edge_llm.cache.feedback_log import FeedbackLog
-from edge_llm.cache.popularity import Popularity
+from edge_llm.cache.feedback_log import FeedbackLog, clear_feedback
+from edge_llm.cache.popularity import Popularity, clear_popular
 from edge_llm.cache.prefix_cache import PrefixCache
-from edge_llm.cache.prefix_lint import PrefixLint
-from edge_llm.cache.response_cache import ResponseCache
+from edge_llm.cache.prefix_lint import PrefixLint, clear_findings
+from edge_llm.cache.response_cache import ResponseCache, clear_responses
 from edge_llm.cache.reuse import PrefixReuse
 from edge_llm.cache.state_db import StateDb, state_path
+from edge_llm.cache.state_file import remove_state
 from edge_llm.cache.store import SNAPSHOT_FOLDER, SnapshotStore
 from edge_llm.config import PowerConfig, PrefetchConfig, cache_dir, state_dir
 from edge_llm.device.cpu import cpu_features
 from edge_llm.device.energy import AnswerEnergy, find_meter
 from edge_llm.device.power import PowerMonitor
 from edge_llm.engine.engine import MIN_CHUNK
-from edge_llm.errors import EdgeLlmError
+from edge_llm.errors import ConfigError, EdgeLlmError
 from edge_llm.metrics import Metrics
 from edge_llm.serving.answers import Answers
 
@@ -53,6 +55,19 @@ class Caches:
     energy: AnswerEnergy | None = None
     db: StateDb | None = None
     feedback: FeedbackLog | None = None
+
+    def forget_users(self) -> None:
+        """Drop the users' words in memory; a file is emptied by who asks for it. Not for the engine's thread.
+
+        Of all users: what a file still holds is read again, and the rest only costs time.
+        """
+        if self.db is not None and self.db.in_memory:
+            for clear in (clear_responses, clear_popular, clear_findings, clear_feedback):
+                clear(self.db)
+        if self.popularity is not None:
+            self.popularity.forget_mirrors()
+        if self.lint is not None:
+            self.lint.forget_heads()
 
     def close(self) -> None:
         """Write what is still waiting to be written."""
@@ -85,7 +100,7 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     meter = find_meter()
     if meter is not None:
         caches.energy = AnswerEnergy(meter, metrics)
-    caches.db = StateDb.open(state_path(state_dir(config)))
+    caches.db = _open_state(config)
     if config.feedback.enabled:
         caches.feedback = FeedbackLog(caches.db, config.feedback.max_entries)
     scope = _scope(model)
@@ -102,7 +117,7 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     if config.prefetch.popularity:
         caches.popularity = Popularity(caches.db)
     if settings.prefix:
-        caches.lint = PrefixLint(caches.db)
+        caches.lint = PrefixLint(caches.db, excerpts=config.privacy == "normal")
         metrics.gauge("prefix_cache_bytes", lambda: tree.nbytes)
         metrics.gauge("prefix_cache_entries", lambda: tree.entries)
         metrics.gauge("prefix_cache_evicted", lambda: tree.evicted)
@@ -117,6 +132,26 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
             for prefix in caches.snapshots.load_all():
                 _pin(caches, prefix, "snapshot")
     return caches
+
+
+def _open_state(config: Config) -> StateDb:
+    """What holds the users' words: a file, or with strict privacy memory alone.
+
+    Raises:
+        ConfigError: a file of earlier times cannot be removed.
+    """
+    folder = state_dir(config)
+    path = state_path(folder)
+    if config.privacy == "normal":
+        return StateDb.open(path)
+    try:
+        if remove_state(path):
+            _log.warning("privacy is strict: what was kept of earlier queries is deleted", extra={"path": str(path)})
+    except OSError as error:
+        raise ConfigError(f'privacy = "strict", but {path} cannot be deleted: {error.strerror}') from None
+    with contextlib.suppress(OSError):  # only `edge-llm forget` needs it, and no words are written there
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return StateDb.volatile()
 
 
 def _scope(model: LoadedModel) -> str:

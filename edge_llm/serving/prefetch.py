@@ -25,6 +25,7 @@ from edge_llm.serving.utterances import Utterance, Utterances
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edge_llm.cache.erasure import Erasure
     from edge_llm.cache.reuse import Started
     from edge_llm.engine.sampler import SamplingParams
     from edge_llm.serving.caches import Caches
@@ -142,6 +143,11 @@ class Prefetcher:
         """Give up every guess."""
         while self._speculator.give_slot():
             pass
+
+    def forget(self, erasure: Erasure) -> None:
+        """Some users are to be forgotten. What is computed is dropped for all users: it only costs time."""
+        self._utterances.forget(erasure.concerns)
+        self._forget_users()
 
     def recover(self) -> None:
         """After a fault: what was being warmed may be half there. Nothing of it is used, nor done again at once."""
@@ -285,7 +291,10 @@ class Prefetcher:
             return
         self._erasure_due = now + _ERASURE_INTERVAL_S
         if self._erasures.erased():
-            self.close()
-            self._reuse.forget_users()
-            self._rewarming.forget_users()
-            self._manners.clear()
+            self._forget_users()
+
+    def _forget_users(self) -> None:
+        self.close()
+        self._reuse.forget_users()
+        self._rewarming.forget_users()
+        self._manners.clear()

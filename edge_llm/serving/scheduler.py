@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_llm.bundle.manifest import GenerationDefaults
+    from edge_llm.cache.erasure import Erasure
     from edge_llm.config import ServingConfig
     from edge_llm.domain.domain import Domain
     from edge_llm.engine.engine import Engine
@@ -89,6 +90,7 @@ class Scheduler:
         self._prefetch = Prefetcher(self._caches, self._sessions, sampling, default_max_tokens)
         # From the response cache, for prefetch to learn from; the oldest are forgotten while it has no time.
         self._answered: deque[Request] = deque(maxlen=_MAX_ANSWERED)
+        self._erasures: deque[Erasure] = deque()
         self._news = False  # something has come that prefetch has not looked at
         self._queue = FairQueue(config.max_queued, config.max_queued_per_user)
         self._running = Running(
@@ -148,6 +150,16 @@ class Scheduler:
                 self._news = True
                 self._changed.notify()
         return taken
+
+    def forget(self, erasure: Erasure) -> None:
+        """Drop soon what some users have said: their sessions, and what was computed for anybody."""
+        with self._changed:
+            self._erasures.append(erasure)
+            self._answered = deque(
+                (request for request in self._answered if not erasure.concerns(request.user)), _MAX_ANSWERED
+            )
+            self._news = True
+            self._changed.notify()
 
     @property
     def load(self) -> dict[str, int]:
@@ -236,8 +248,15 @@ class Scheduler:
                 trim_memory()
                 trim_at = None
 
+    def _forget_erased(self) -> None:
+        while self._erasures:
+            erasure = self._erasures.popleft()
+            self._sessions.forget(erasure.concerns)
+            self._prefetch.forget(erasure)
+
     def _prefetch_step(self) -> bool:
         try:
+            self._forget_erased()
             while self._answered:
                 request = self._answered.popleft()
                 self._prefetch.query_began(request)
@@ -249,6 +268,7 @@ class Scheduler:
             return False
 
     def _step(self) -> None:
+        self._forget_erased()
         self._caches.power.refresh()
         self._end_unwanted()
         self._admit()

@@ -13,7 +13,7 @@ from edge_llm.engine.prompt import Message
 from edge_llm.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from edge_llm.engine.prompt import PromptRenderer
 
@@ -116,6 +116,11 @@ class SessionStore:
         largest = max(counts.values())
         key = next(key for key in self._sessions if counts[key[0]] == largest)
         del self._sessions[key]
+
+    def forget(self, concerns: Callable[[str], bool]) -> None:
+        """Forget the sessions of some users."""
+        for key in [key for key in self._sessions if concerns(key[0])]:
+            del self._sessions[key]
 
     def expire(self, now: float) -> None:
         """Forget sessions that have been idle too long."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MAX_UTTERANCES: Final = 64
 _MAX_PER_USER: Final = 4
@@ -115,6 +118,12 @@ class Utterances:
         with self._lock:
             latest = self._by_key.get((said.user, said.name), said)
             latest.tries = said.tries = max(latest.tries, said.tries) + 1
+
+    def forget(self, concerns: Callable[[str], bool]) -> None:
+        """Forget what some users are saying."""
+        with self._lock:
+            for key in [key for key in self._by_key if concerns(key[0])]:
+                del self._by_key[key]
 
     def growing(self, now: float) -> list[Utterance]:
         """Those whose query has not come, the latest first."""

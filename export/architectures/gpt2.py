@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -9,8 +10,11 @@ from edge_llm.bundle import graph_io
 from edge_llm.bundle.manifest import ModelDims
 from export.architectures.settings import Settings
 from export.errors import ExportError
-from export.graph.gqa import attention, check_head_dim
+from export.graph.activations import gelu_exact, gelu_tanh, relu, sigmoid_linear
+from export.graph.attention import attention_layers
+from export.graph.gqa import check_head_dim
 from export.graph.head import head
+from export.graph.norms import add_layer_norm, layer_norm
 from export.graph.weights import embedding, linear
 from export.smoothing import ChannelSite, SmoothingGroup
 
@@ -21,20 +25,16 @@ if TYPE_CHECKING:
     from export.tensors import Shapes, Tensors
 
 
-def _fast_gelu(graph: GraphBuilder, x: str, name: str) -> str:
-    return graph.contrib("FastGelu", [x], [name])
-
-
 _ACTIVATIONS: Final[dict[str, Callable[[GraphBuilder, str, str], str]]] = {
     # Three spellings of the same tanh formula.
-    "gelu_new": _fast_gelu,
-    "gelu_pytorch_tanh": _fast_gelu,
-    "gelu_fast": _fast_gelu,
-    "gelu": lambda graph, x, name: graph.node("Gelu", [x], [name], approximate="none"),
-    "relu": lambda graph, x, name: graph.node("Relu", [x], [name]),
-    "silu": lambda graph, x, name: graph.contrib("QuickGelu", [x], [name], alpha=1.0),
-    "swish": lambda graph, x, name: graph.contrib("QuickGelu", [x], [name], alpha=1.0),
-    "quick_gelu": lambda graph, x, name: graph.contrib("QuickGelu", [x], [name], alpha=1.702),
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu": gelu_exact,
+    "relu": relu,
+    "silu": sigmoid_linear,
+    "swish": sigmoid_linear,
+    "quick_gelu": functools.partial(sigmoid_linear, alpha=1.702),
 }
 
 
@@ -150,17 +150,13 @@ class Gpt2Config:
         token = embedding(graph, tensors.read("wte.weight"), "wte")
         position = graph.node("Gather", [positions, graph_io.POSITION_IDS], ["wpe"])
         residual = graph.node("Add", [token, position], ["embedding"])
-        hidden = graph.node(
-            "LayerNormalization",
-            [residual, *self._norm(graph, tensors, "h.0.ln_1")],
-            ["h.0.ln_1"],
-            axis=-1,
-            epsilon=self.layer_norm_epsilon,
-        )
+        parameters = self._norm(graph, tensors, "h.0.ln_1")
+        hidden = layer_norm(graph, residual, parameters, "h.0.ln_1", self.layer_norm_epsilon)
+        attention = attention_layers(graph, dims)
         for layer in range(self.num_layers):
             prefix = f"h.{layer}"
             qkv = _conv1d(graph, tensors, hidden, f"{prefix}.attn.c_attn")
-            attended = attention(graph, qkv, layer, dims, scale=self._attention_scale(layer, dims.head_dim))
+            attended = attention(qkv, layer, scale=self._attention_scale(layer, dims.head_dim))
             projected = _conv1d(graph, tensors, attended, f"{prefix}.attn.c_proj")
             hidden, residual = self._skip_norm(graph, tensors, residual, projected, f"{prefix}.ln_2")
             inner = _conv1d(graph, tensors, hidden, f"{prefix}.mlp.c_fc")
@@ -182,14 +178,8 @@ class Gpt2Config:
         self, graph: GraphBuilder, tensors: Tensors, residual: str, branch: str, name: str
     ) -> tuple[str, str]:
         """Add a branch to the residual and normalise: returns (normalised, new residual)."""
-        total = f"{name}.residual"
-        graph.contrib(
-            "SkipLayerNormalization",
-            [residual, branch, *self._norm(graph, tensors, name)],
-            [name, "", "", total],
-            epsilon=self.layer_norm_epsilon,
-        )
-        return name, total
+        parameters = self._norm(graph, tensors, name)
+        return add_layer_norm(graph, residual, branch, parameters, name, self.layer_norm_epsilon)
 
 
 def _norm_group(norm: str, consumer: str, axis: int) -> SmoothingGroup:

@@ -11,8 +11,11 @@ from edge_llm.bundle.manifest import ModelDims
 from export.architectures.rope import Rope
 from export.architectures.settings import Settings
 from export.errors import ExportError
-from export.graph.gqa import attention, check_head_dim, rotary_caches
+from export.graph.activations import halves, sigmoid_linear
+from export.graph.attention import Frequencies, attention_layers
+from export.graph.gqa import check_head_dim
 from export.graph.head import head
+from export.graph.norms import add_rms_norm, rms_norm
 from export.graph.weights import embedding, linear
 from export.smoothing import ChannelSite, SmoothingGroup
 
@@ -181,26 +184,21 @@ class LlamaConfig:
 
     def build(self, graph: GraphBuilder, tensors: Tensors, dims: ModelDims) -> None:
         """Append the whole model to ``graph``, from ``input_ids`` to ``logits`` and ``next_token_ids``."""
-        frequencies = self.inverse_frequencies(tensors)
-        rotary = rotary_caches(graph, frequencies, dims.max_seq_len, interleaved=self.rotary_interleaved)
+        frequencies = Frequencies(self.inverse_frequencies(tensors), self.rotary_interleaved)
+        attention = attention_layers(graph, dims, frequencies)
         residual = embedding(graph, tensors.read("embed_tokens.weight"), "embed_tokens")
-        hidden = graph.node(
-            "SimplifiedLayerNormalization",
-            [residual, _norm(graph, tensors, "layers.0.input_layernorm")],
-            ["layers.0.input_layernorm"],
-            axis=-1,
-            epsilon=self.rms_norm_eps,
-        )
+        name = "layers.0.input_layernorm"
+        hidden = rms_norm(graph, residual, _norm(graph, tensors, name), name, self.rms_norm_eps)
         for layer in range(self.num_layers):
             prefix = f"layers.{layer}"
             names = [f"{prefix}.self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj")]
             qkv = _linear(graph, tensors, hidden, names, f"{prefix}.self_attn.qkv_proj")
-            attended = attention(graph, qkv, layer, dims, rotary=rotary)
+            attended = attention(qkv, layer)
             name = f"{prefix}.self_attn.o_proj"
             projected = _linear(graph, tensors, attended, [name], name)
             name = f"{prefix}.post_attention_layernorm"
             hidden, residual = self._skip_norm(graph, tensors, residual, projected, name)
-            outer = _swiglu(graph, tensors, hidden, f"{prefix}.mlp")
+            outer = _swiglu(graph, tensors, hidden, f"{prefix}.mlp", self.inner_size)
             name = f"layers.{layer + 1}.input_layernorm" if layer + 1 < self.num_layers else "norm"
             hidden, residual = self._skip_norm(graph, tensors, residual, outer, name)
         head(graph, hidden, tensors, "embed_tokens", tied=self.tied)
@@ -209,14 +207,7 @@ class LlamaConfig:
         self, graph: GraphBuilder, tensors: Tensors, residual: str, branch: str, name: str
     ) -> tuple[str, str]:
         """Add a branch to the residual and normalise: returns (normalised, new residual)."""
-        total = f"{name}.residual"
-        graph.contrib(
-            "SkipSimplifiedLayerNormalization",
-            [residual, branch, _norm(graph, tensors, name)],
-            [name, "", "", total],
-            epsilon=self.rms_norm_eps,
-        )
-        return name, total
+        return add_rms_norm(graph, residual, branch, _norm(graph, tensors, name), name, self.rms_norm_eps)
 
 
 def _biased_layers(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -227,12 +218,12 @@ def _biased_layers(config: Mapping[str, Any]) -> tuple[str, ...]:
     return attention_layers + mlp_layers
 
 
-def _swiglu(graph: GraphBuilder, tensors: Tensors, x: str, prefix: str) -> str:
+def _swiglu(graph: GraphBuilder, tensors: Tensors, x: str, prefix: str, inner_size: int) -> str:
     """``down(silu(gate(x)) * up(x))``, gate and up in one matrix."""
     both = _linear(graph, tensors, x, [f"{prefix}.gate_proj", f"{prefix}.up_proj"], f"{prefix}.gate_up_proj")
     gate, up = f"{prefix}.gate", f"{prefix}.up"
-    graph.node("Split", [both], [gate, up], axis=-1, num_outputs=2)
-    activated = graph.contrib("QuickGelu", [gate], [f"{prefix}.silu"], alpha=1.0)
+    halves(graph, both, [gate, up], inner_size)
+    activated = sigmoid_linear(graph, gate, f"{prefix}.silu")
     product = graph.node("Mul", [activated, up], [f"{prefix}.product"])
     name = f"{prefix}.down_proj"
     return _linear(graph, tensors, product, [name], name)

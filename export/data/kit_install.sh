@@ -23,9 +23,9 @@ trap 'rm -rf "$target"' EXIT
 "$python" -m venv "$target/venv" || fail "$python cannot make environments: install its venv package (python3-venv)"
 # With a provider's own onnxruntime in extra/ (a Jetson's), that one is installed, and the kit's is not.
 if ls "$kit"/extra/*.whl >/dev/null 2>&1; then
-    "$target/venv/bin/python" -m pip install -q --no-index --find-links "$kit/wheels" "$kit"/extra/*.whl edge-llm
+    "$target/venv/bin/python" -m pip install -q --no-index --find-links "$kit/wheels" "$kit"/extra/*.whl 'edge-llm[signing]'
 else
-    "$target/venv/bin/python" -m pip install -q --no-index --find-links "$kit/wheels" 'edge-llm[cpu]'
+    "$target/venv/bin/python" -m pip install -q --no-index --find-links "$kit/wheels" 'edge-llm[cpu,signing]'
 fi
 cp -R "$kit/bundle" "$target/bundle"
 "$target/venv/bin/edge-llm" prepare --bundle "$target/bundle" --set "cache_dir=\"$target/cache\""

@@ -89,6 +89,10 @@ class GraphBuilder:
         """Add a constant tensor of its own type, which several nodes may ask for by the same name; returns the name."""
         return name if name in self._initializers else self._store(name, array)
 
+    def number(self, name: str, value: float, float_type: str = "float32") -> str:
+        """Add a constant of one value, in float32 unless told otherwise; see ``constant``."""
+        return self.constant(name, np.array([value], float_type))
+
     def shape(self, *sizes: int) -> str:
         """A shape for ``Reshape``, or sizes for ``Split``: 0 keeps a dimension, -1 is what is left."""
         return self.constant(f"shape.{'x'.join(map(str, sizes))}", np.array(sizes, np.int64))

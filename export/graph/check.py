@@ -5,18 +5,30 @@ A graph that breaks a rule may still load and answer rightly, only slower, or on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+import math
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-import onnx
-from onnx import AttributeProto, TensorProto, helper
+from onnx import AttributeProto, TensorProto
 
 from edge_llm.bundle import graph_io
 from export.errors import ExportError
+from export.graph.check_static import STATIC_OPERATORS, STATIC_RULES
+from export.graph.rules import (
+    Fault,
+    Rule,
+    Subject,
+    input_name,
+    integer_attribute,
+    operator_version,
+    sizes,
+    spelled,
+    type_name,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator
+
+    import onnx
 
     from edge_llm.bundle.manifest import ModelDims
     from export.graph.weights import WeightFormat
@@ -58,6 +70,7 @@ _OPERATORS: Final[dict[str, frozenset[tuple[str, str]]]] = {
     "cpu-int8": _CPU_OPERATORS | {("", "Reshape"), (_CONTRIB, "GatherBlockQuantized"), (_CONTRIB, "MatMulNBits")},
     "cpu-fp32": _CPU_OPERATORS | {("", "MatMul"), (_CONTRIB, "FusedMatMul")},
     "cuda": frozenset(_CUDA_KERNELS),
+    **STATIC_OPERATORS,
 }
 _CONTROL_FLOW: Final = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _SHAPE_OPERATORS: Final = frozenset(
@@ -66,47 +79,6 @@ _SHAPE_OPERATORS: Final = frozenset(
 _FLOATS: Final = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 # Inputs of MatMulNBits by their place.
 _SCALES, _ZERO_POINTS, _GROUP_INDEX, _BIAS = 2, 3, 4, 5
-
-
-class _Fault(NamedTuple):
-    """What breaks a rule: a node's or a value's name, and in which way."""
-
-    name: str
-    what: str
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A graph with what it is meant to be.
-
-    Attributes:
-        model: without its external data.
-        weights: the target.
-        dims: the model's shape.
-        initializers: by name.
-    """
-
-    model: onnx.ModelProto
-    weights: WeightFormat
-    dims: ModelDims
-    initializers: Mapping[str, TensorProto]
-
-    @property
-    def nodes(self) -> list[onnx.NodeProto]:
-        """In the graph's order."""
-        return list(self.model.graph.node)
-
-    @property
-    def float_type(self) -> int:
-        """The target's own element type."""
-        return helper.np_dtype_to_tensor_dtype(np.dtype(self.weights.float_type))
-
-    def matmuls(self) -> list[onnx.NodeProto]:
-        """The quantised matrices' nodes."""
-        return [node for node in self.nodes if node.op_type == "MatMulNBits"]
-
-
-_Rule: TypeAlias = "Callable[[_Subject], Iterator[_Fault]]"
 
 
 def check_graph(model: onnx.ModelProto, weights: WeightFormat, dims: ModelDims) -> None:
@@ -120,8 +92,8 @@ def check_graph(model: onnx.ModelProto, weights: WeightFormat, dims: ModelDims) 
     Raises:
         ExportError: naming the first node, or input or output, that breaks a rule, and the rule.
     """
-    subject = _Subject(model, weights, dims, {tensor.name: tensor for tensor in model.graph.initializer})
-    for words, rule in (*_CUDA_RULES, *_RULES) if weights.target == "cuda" else _RULES:
+    subject = Subject(model, weights, dims, {tensor.name: tensor for tensor in model.graph.initializer})
+    for words, rule in _rules(weights):
         for fault in rule(subject):
             raise ExportError(
                 f"{weights.target} graph: {fault.name!r} {fault.what}, but {words}; leave {weights.target} out of "
@@ -129,150 +101,148 @@ def check_graph(model: onnx.ModelProto, weights: WeightFormat, dims: ModelDims) 
             )
 
 
-def _control_flow(subject: _Subject) -> Iterator[_Fault]:
+def _rules(weights: WeightFormat) -> tuple[tuple[str, Rule], ...]:
+    if weights.is_static:
+        return (*_NO_CONTROL_FLOW, *_COMMON_RULES, *STATIC_RULES)
+    own = (*_CUDA_RULES, *_COMMON_RULES) if weights.target == "cuda" else _COMMON_RULES
+    return (*own, *_GQA_RULES)
+
+
+def _control_flow(subject: Subject) -> Iterator[Fault]:
     for node in subject.nodes:
         has_graph = any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in node.attribute)
         if has_graph or node.op_type in _CONTROL_FLOW:
-            yield _Fault(node.name, f"is control flow ({node.op_type})")
+            yield Fault(node.name, f"is control flow ({node.op_type})")
 
 
-def _shape_operators(subject: _Subject) -> Iterator[_Fault]:
+def _shape_operators(subject: Subject) -> Iterator[Fault]:
     for node in subject.nodes:
         if node.op_type in _SHAPE_OPERATORS:
-            yield _Fault(node.name, f"computes with shapes ({node.op_type})")
+            yield Fault(node.name, f"computes with shapes ({node.op_type})")
 
 
-def _cuda_kernels(subject: _Subject) -> Iterator[_Fault]:
+def _cuda_kernels(subject: Subject) -> Iterator[Fault]:
     opset = next(entry.version for entry in subject.model.opset_import if not entry.domain)
     for node in subject.nodes:
-        version = _version(node, opset)
+        version = operator_version(node, opset)
         if _CUDA_KERNELS.get((node.domain, node.op_type)) != version:
-            yield _Fault(node.name, f"is {_spelled(node)}-{version}")
-        elif node.op_type == "ArgMax" and _attribute(node, "select_last_index", 0):
-            yield _Fault(node.name, "is ArgMax with select_last_index")
+            yield Fault(node.name, f"is {spelled(node)}-{version}")
+        elif node.op_type == "ArgMax" and integer_attribute(node, "select_last_index", 0):
+            yield Fault(node.name, "is ArgMax with select_last_index")
 
 
-def _no_bias_input(subject: _Subject) -> Iterator[_Fault]:
+def _no_bias_input(subject: Subject) -> Iterator[Fault]:
     for node in subject.matmuls():
-        if _input(node, _BIAS):
-            yield _Fault(node.name, "takes its bias as an input")
+        if input_name(node, _BIAS):
+            yield Fault(node.name, "takes its bias as an input")
 
 
-def _operators(subject: _Subject) -> Iterator[_Fault]:
+def _operators(subject: Subject) -> Iterator[Fault]:
     for node in subject.nodes:
         if (node.domain, node.op_type) not in _OPERATORS[subject.weights.target]:
-            yield _Fault(node.name, f"is {_spelled(node)}")
+            yield Fault(node.name, f"is {spelled(node)}")
 
 
-def _symmetric(subject: _Subject) -> Iterator[_Fault]:
+def _symmetric(subject: Subject) -> Iterator[Fault]:
     for node in subject.matmuls():
-        if _input(node, _ZERO_POINTS) or _input(node, _GROUP_INDEX):
-            yield _Fault(node.name, "has zero points or a group index")
+        if input_name(node, _ZERO_POINTS) or input_name(node, _GROUP_INDEX):
+            yield Fault(node.name, "has zero points or a group index")
 
 
-def _output_multiple(subject: _Subject) -> Iterator[_Fault]:
+def _output_multiple(subject: Subject) -> Iterator[Fault]:
     multiple = subject.weights.kernels.output_multiple
     for node in subject.matmuls():
-        outputs = _attribute(node, "N", 0)
+        outputs = integer_attribute(node, "N", 0)
         if outputs % multiple:
-            yield _Fault(node.name, f"has {outputs} outputs, no multiple of {multiple}")
+            yield Fault(node.name, f"has {outputs} outputs, no multiple of {multiple}")
 
 
-def _head_multiple(subject: _Subject) -> Iterator[_Fault]:
+def _head_multiple(subject: Subject) -> Iterator[Fault]:
     producers = {output: node for node in subject.nodes for output in node.output}
     node = producers.get(graph_io.LOGITS)
-    while node is not None and node.op_type in ("Cast", "Slice"):
+    while node is not None and node.op_type in ("Cast", "Slice", "Reshape"):
         node = producers.get(node.input[0])
     multiple = subject.weights.kernels.vocabulary_multiple
     if node is None:
-        yield _Fault(graph_io.LOGITS, "comes from no matrix")
-    elif node.op_type == "MatMulNBits" and _attribute(node, "N", 0) % multiple:
-        yield _Fault(node.name, f"has {_attribute(node, 'N', 0)} rows, no multiple of {multiple}")
+        yield Fault(graph_io.LOGITS, "comes from no matrix")
+        return
+    rows = 0
+    if node.op_type == "MatMulNBits":
+        rows = integer_attribute(node, "N", 0)
+    elif node.op_type == "Gemm":
+        table = subject.initializers.get(input_name(node, 1))
+        rows = table.dims[0] if table is not None else 0
+    if rows % multiple:
+        yield Fault(node.name, f"has {rows} rows, no multiple of {multiple}")
 
 
-def _float_initializers(subject: _Subject) -> Iterator[_Fault]:
+def _float_initializers(subject: Subject) -> Iterator[Fault]:
     for node in subject.matmuls():
-        if _input(node, _SCALES) not in subject.initializers:
-            yield _Fault(node.name, "computes its scales")
+        if input_name(node, _SCALES) not in subject.initializers:
+            yield Fault(node.name, "computes its scales")
     for node in subject.nodes:
         for name in node.input:
             tensor = subject.initializers.get(name)
-            if tensor is not None and tensor.data_type in _FLOATS and tensor.data_type != subject.float_type:
-                yield _Fault(node.name, f"reads {name!r} in {_type_name(tensor.data_type)}")
+            # A single number belongs to a formula, which may compute in float32 where float16 would overflow.
+            if tensor is None or (subject.weights.is_static and math.prod(tensor.dims) == 1):
+                continue
+            if tensor.data_type in _FLOATS and tensor.data_type != subject.float_type:
+                yield Fault(node.name, f"reads {name!r} in {type_name(tensor.data_type)}")
 
 
-def _cache(subject: _Subject) -> Iterator[_Fault]:
+def _cache(subject: Subject) -> Iterator[Fault]:
     declared = {value.name: value for value in [*subject.model.graph.input, *subject.model.graph.output]}
     dims = subject.dims
     shape = [dims.num_kv_heads, dims.max_seq_len, dims.head_dim]
     for layer in range(dims.num_layers):
         for name in (*graph_io.past_names(layer), *graph_io.present_names(layer)):
             if name not in declared:
-                yield _Fault(name, "is not declared")
+                yield Fault(name, "is not declared")
                 continue
             tensor = declared[name].type.tensor_type
             batch, *static = tensor.shape.dim
             if not batch.dim_param or [dim.dim_value for dim in static] != shape:
-                found = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-                yield _Fault(name, f"has the shape {found}")
+                yield Fault(name, f"has the shape {sizes(declared[name])}")
             if tensor.elem_type != subject.float_type:
-                yield _Fault(name, f"is of {_type_name(tensor.elem_type)}")
+                yield Fault(name, f"is of {type_name(tensor.elem_type)}")
 
 
-def _appends_in_place(subject: _Subject) -> Iterator[_Fault]:
+def _appends_in_place(subject: Subject) -> Iterator[Fault]:
     pairs = {graph_io.past_names(layer): graph_io.present_names(layer) for layer in range(subject.dims.num_layers)}
     for node in subject.nodes:
         if node.op_type == "GroupQueryAttention" and pairs.pop(tuple(node.input[3:5]), None) != tuple(node.output[1:3]):
-            yield _Fault(node.name, f"reads {list(node.input[3:5])} and writes {list(node.output[1:3])}")
+            yield Fault(node.name, f"reads {list(node.input[3:5])} and writes {list(node.output[1:3])}")
     for past, _ in pairs:
-        yield _Fault(past, "is read by no attention")
+        yield Fault(past, "is read by no attention")
 
 
-def _logits(subject: _Subject) -> Iterator[_Fault]:
+def _logits(subject: Subject) -> Iterator[Fault]:
     for value in subject.model.graph.output:
         tensor = value.type.tensor_type
         if value.name == graph_io.LOGITS and tensor.elem_type != TensorProto.FLOAT:
-            yield _Fault(value.name, f"is of {_type_name(tensor.elem_type)}")
+            yield Fault(value.name, f"is of {type_name(tensor.elem_type)}")
         if value.name == graph_io.LOGITS and tensor.shape.dim[-1].dim_value != subject.dims.vocab_size:
-            yield _Fault(value.name, f"has {tensor.shape.dim[-1].dim_value} columns")
+            yield Fault(value.name, f"has {tensor.shape.dim[-1].dim_value} columns")
 
 
-_CUDA_RULES: Final[tuple[tuple[str, _Rule], ...]] = (
+_NO_CONTROL_FLOW: Final[tuple[tuple[str, Rule], ...]] = (
+    ("a compiled or captured graph has no control flow", _control_flow),
+)
+_CUDA_RULES: Final[tuple[tuple[str, Rule], ...]] = (
     ("a CUDA graph cannot capture control flow", _control_flow),
     ("no shape may be computed, it would be on the processor", _shape_operators),
     ("every node needs a CUDA kernel of just its version", _cuda_kernels),
     ("CUDA's MatMulNBits refuses a bias, an Add does it", _no_bias_input),
 )
-_RULES: Final[tuple[tuple[str, _Rule], ...]] = (
+_COMMON_RULES: Final[tuple[tuple[str, Rule], ...]] = (
     ("only the target's operators are allowed", _operators),
     ("quantisation is symmetric", _symmetric),
     ("the fast kernel wants that multiple", _output_multiple),
     ("the vocabulary is padded to that multiple", _head_multiple),
     ("scales, norms and biases are stored in the target's float type", _float_initializers),
-    ("the cache is (batch, kv_heads, max_seq_len, head_dim) of the target's float type, batch alone open", _cache),
-    ("each layer appends to its own cache", _appends_in_place),
     ("logits are float32 over the real vocabulary", _logits),
 )
-
-
-def _version(node: onnx.NodeProto, opset: int) -> int:
-    """The version of the operator that the graph's opset means; 1 for ONNX Runtime's own operators."""
-    if node.domain or not onnx.defs.has(node.op_type):
-        return 1
-    return int(onnx.defs.get_schema(node.op_type, opset).since_version)
-
-
-def _input(node: onnx.NodeProto, place: int) -> str:
-    return str(node.input[place]) if place < len(node.input) else ""
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)
-
-
-def _spelled(node: onnx.NodeProto) -> str:
-    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
-
-
-def _type_name(data_type: int) -> str:
-    return str(TensorProto.DataType.Name(data_type)).lower()
+_GQA_RULES: Final[tuple[tuple[str, Rule], ...]] = (
+    ("the cache is (batch, kv_heads, max_seq_len, head_dim) of the target's float type, batch alone open", _cache),
+    ("each layer appends to its own cache", _appends_in_place),
+)

@@ -84,8 +84,6 @@ def declare_static_io(dims: ModelDims, weights: WeightFormat, tokens: int, rows:
     return DeclaredIO(inputs, outputs)
 
 
-def _cache(
-    names: tuple[str, str], weights: WeightFormat, shape: list[str | int | None]
-) -> list[onnx.ValueInfoProto]:
+def _cache(names: tuple[str, str], weights: WeightFormat, shape: list[str | int | None]) -> list[onnx.ValueInfoProto]:
     data_type = helper.np_dtype_to_tensor_dtype(np.dtype(weights.float_type))
     return [helper.make_tensor_value_info(name, data_type, shape) for name in names]

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_llm.bundle.manifest import Bundle, decode_manifest, encode_manifest
@@ -116,6 +116,7 @@ def test_an_unknown_target_names_the_known_ones():
         decode_manifest(RAW).graph("cuda")
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_damage_to_the_manifest_gets_past_the_errors(data):
     raw = bytearray(RAW)

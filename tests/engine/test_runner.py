@@ -15,7 +15,7 @@ from edge_llm.bundle import graph_io
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.device.memory import rss_bytes
 from edge_llm.engine.engine import Engine
-from edge_llm.engine.runner import Runner, _bind_array
+from edge_llm.engine.runner import Runner, bind_array
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.errors import ContextOverflowError, UnsupportedBundleError
 
@@ -234,7 +234,7 @@ def test_a_present_elsewhere_would_be_copied_to():
     binding = runner._bind_decode(0, 1)
     names = [name for layer in range(DIMS.num_layers) for name in graph_io.present_names(layer)]
     for name, buffer in zip(names, elsewhere, strict=True):
-        _bind_array(binding.bind_output, name, buffer)
+        bind_array(binding.bind_output, name, buffer)
     runner._decode_bindings[0, 1] = binding
     runner.decode(0, [token_id], [20])
     assert all(np.any(buffer[0, :, :20] != 0) for buffer in elsewhere)

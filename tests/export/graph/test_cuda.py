@@ -172,11 +172,12 @@ def test_a_weight_that_float16_cannot_hold_is_named(built: Get, tmp_path: Path) 
         build_graph(checkpoint, cuda(), graphs.dims, tmp_path / "graph")
 
 
-def test_the_manifest_says_what_it_is() -> None:
-    described = describe_graph(cuda(block_size=32))
+def test_the_manifest_says_what_it_is(built: Get) -> None:
+    dims = built("gpt2").dims
+    described = describe_graph(cuda(block_size=32), dims)
     assert (described.target, described.bits, described.block_size) == ("cuda", 8, 32)
     assert (described.kv_dtype, described.opset) == ("float16", 20)
-    assert describe_graph(cpu_int8()).opset == 21
+    assert describe_graph(cpu_int8(), dims).opset == 21
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
