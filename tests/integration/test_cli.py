@@ -215,7 +215,6 @@ def test_doctor_reports_prompts_that_vary(tmp_path):
     [
         (["cache"], "COMMAND"),
         (["cache", "clear", "--user", "ann", "--prefixes"], "belong to no user"),
-        (["serve"], "no bundle: give --bundle"),
         (["serve", "--bundle", "/no/such/folder"], "no bundle at /no/such/folder"),
         (["bench", "--bundle", str(TINY_BUNDLE), "--set", "engine.slots=0"], "engine.slots"),
         (["bench", "--bundle", str(TINY_BUNDLE), "--set", "engine.slot=1"], "unknown field `slot`"),
