@@ -119,7 +119,7 @@ def _prefill_ms(engine: Engine, token_ids: list[int], rounds: int) -> float:
     for _ in range(rounds + 1):
         state = engine.start(token_ids, SamplingParams(), max_tokens=1)
         started = time.perf_counter()
-        _prefill_all(engine, state)
+        prefill_all(engine, state)
         times.append((time.perf_counter() - started) * 1e3)
         engine.release(state)
     return round(statistics.median(times[1:]), 3)
@@ -137,7 +137,7 @@ def _decode_ms(engine: Engine, token_ids: list[int], rounds: int) -> tuple[list[
             state = engine.start(token_ids, SamplingParams(), DECODE_TOKENS + 1)
             # A stop token would end the measurement early, and random tokens may well lead to one.
             state.stop_token_ids = frozenset()
-            _prefill_all(engine, state)
+            prefill_all(engine, state)
             timed.spent_s = 0.0
             round_ms = []
             while not state.finished:
@@ -153,6 +153,7 @@ def _decode_ms(engine: Engine, token_ids: list[int], rounds: int) -> tuple[list[
     return steps_ms, statistics.median(overheads_ms)
 
 
-def _prefill_all(engine: Engine, state: GenerationState) -> None:
+def prefill_all(engine: Engine, state: GenerationState) -> None:
+    """Run a sequence's prompt to its end."""
     while not state.prefilled:
         engine.prefill(state)

@@ -133,8 +133,6 @@ def _start_scheduler(
         model.engine, model.tokenizer, model.renderer, generation, config.serving, caches=caches, domain=model.domain
     )
     caches.power.on_change = gateway.set_power
-    if caches.power.level != "normal":
-        gateway.set_power(caches.power.level)
     metrics.gauge("temperature_c", lambda: caches.power.temperature_c)
     for name in ("queued", "active", "sessions"):
         metrics.gauge(name, lambda name=name: scheduler.load[name])  # type: ignore[misc]

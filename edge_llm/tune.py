@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from edge_llm.bench import prefill_all
 from edge_llm.device.cpu import physical_cores
 from edge_llm.device.memory import available_memory
 from edge_llm.engine.loading import load_model, memory_needs
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from edge_llm.bundle.manifest import Bundle
     from edge_llm.config import Config
-    from edge_llm.engine.engine import Engine, GenerationState
+    from edge_llm.engine.engine import Engine
 
 _CHUNKS: Final = (8, 16, 32, 64, 128)
 _SLOTS: Final = (1, 2, 4, 8)
@@ -135,7 +136,7 @@ def _decode_ms(engine: Engine, count: int) -> float:
     for state in states:
         # A stop token would end the measurement early.
         state.stop_token_ids = frozenset()
-        _prefill(engine, state)
+        prefill_all(engine, state)
     engine.decode(states)  # the first one binds
     times = []
     for _ in range(_DECODE_STEPS):
@@ -153,15 +154,10 @@ def _prefill_ms(engine: Engine, chunk: int) -> float:
     for _ in range(_ROUNDS + 1):
         state = engine.start(_prompt(chunk), SamplingParams(), 1)
         started = time.perf_counter()
-        _prefill(engine, state)
+        prefill_all(engine, state)
         times.append((time.perf_counter() - started) * 1e3)
         engine.release(state)
     return statistics.median(times[1:])
-
-
-def _prefill(engine: Engine, state: GenerationState) -> None:
-    while not state.prefilled:
-        engine.prefill(state)
 
 
 def _prompt(length: int) -> Sequence[int]:

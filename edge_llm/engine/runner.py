@@ -117,9 +117,7 @@ class Runner:
             The most likely next tokens ``(batch,) int64``: a view, valid until the next run, as is ``logits``.
         """
         batch = len(token_ids)
-        longest = max(past_lens)
-        if longest >= self.max_seq_len:
-            raise ContextOverflowError(f"slot is full: {longest} of {self.max_seq_len} positions")
+        longest = check_step(past_lens, self.max_seq_len)
         binding = self._decode_bindings.get((first_slot, batch))
         if binding is None:
             binding = self._decode_bindings[first_slot, batch] = self._bind_decode(first_slot, batch)
@@ -186,8 +184,7 @@ class Runner:
 
     def _bind_prefill(self, slot: int, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]) -> Any:
         count = len(token_ids)
-        if past_len + count > self.max_seq_len:
-            raise ContextOverflowError(f"{past_len} + {count} tokens do not fit into {self.max_seq_len} positions")
+        check_chunk(past_len, count, self.max_seq_len)
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             binding = self._prefill_bindings[slot] = self.session.io_binding()
@@ -209,6 +206,20 @@ class Runner:
                 rows = buffer[first_slot : first_slot + batch]
                 bind_array(binding.bind_input, past_name, rows)
                 bind_array(binding.bind_output, present_name, rows)
+
+
+def check_step(past_lens: Sequence[int], max_seq_len: int) -> int:
+    """The longest row of a decode step. Raises ``ContextOverflowError`` if it has no room for one more token."""
+    longest = max(past_lens)
+    if longest >= max_seq_len:
+        raise ContextOverflowError(f"slot is full: {longest} of {max_seq_len} positions")
+    return longest
+
+
+def check_chunk(past_len: int, count: int, max_seq_len: int) -> None:
+    """Raises ``ContextOverflowError`` if ``count`` more tokens do not fit behind ``past_len``."""
+    if past_len + count > max_seq_len:
+        raise ContextOverflowError(f"{past_len} + {count} tokens do not fit into {max_seq_len} positions")
 
 
 def bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 from edge_llm.bundle import graph_io
 from edge_llm.device.session import CPU_PROVIDER, Provider, make_session, session_options
 from edge_llm.engine.kv_cache import KVCache
-from edge_llm.engine.runner import bind_array
-from edge_llm.errors import ContextOverflowError
+from edge_llm.engine.runner import bind_array, check_chunk, check_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,9 +88,7 @@ class StaticRunner:
 
     def decode(self, first_slot: int, token_ids: Sequence[int], past_lens: Sequence[int]) -> NDArray[np.int64]:
         """Append one token to each of neighbouring slots, in one run each; see ``Runner.decode``."""
-        longest = max(past_lens)
-        if longest >= self.max_seq_len:
-            raise ContextOverflowError(f"slot is full: {longest} of {self.max_seq_len} positions")
+        check_step(past_lens, self.max_seq_len)
         for row, (token_id, past_len) in enumerate(zip(token_ids, past_lens, strict=True)):
             self._decode.run(first_slot + row, [token_id], past_len, [0])
             self._take(self._decode, row)
@@ -129,8 +126,7 @@ class StaticRunner:
     def _chunks(self, token_ids: Sequence[int], past_len: int) -> Iterator[tuple[_StaticGraph, int, Sequence[int]]]:
         """What to run, in order: the graph, the place of its first token, and its tokens."""
         count = len(token_ids)
-        if past_len + count > self.max_seq_len:
-            raise ContextOverflowError(f"{past_len} + {count} tokens do not fit into {self.max_seq_len} positions")
+        check_chunk(past_len, count, self.max_seq_len)
         start = 0
         while start < count:
             chunk = self._prefill

@@ -29,7 +29,7 @@ from export.distill.card import model_card
 from export.distill.corpus import Corpus, example_corpus
 from export.distill.evaluate import exactness
 from export.distill.rephrase import read_rephrased, rephrase
-from export.distill.student import StudentShape, new_student, take_embeddings
+from export.distill.student import StudentShape, new_student, save_student, take_embeddings
 from export.distill.teacher import CacheKey, TeacherCache
 from export.distill.train import Trainer, TrainSettings
 from export.errors import ExportError
@@ -264,7 +264,8 @@ def train_student(basis: Basis, corpus: Corpus, targets: TeacherCache | None, op
 def write_bundle(pack: Pack, basis: Basis, student: Any, options: DistilOptions) -> Manifest:
     """Export the student, judged on the pack's held-out lines."""
     folder = options.work / "student-hf"
-    save_student(student, basis, folder)
+    tokenizer_config = {"eos_token": END_TOKEN, "chat_template": CHAT_TEMPLATE, "add_bos_token": False}
+    save_student(student, folder, basis.tokenizer_json, basis.encoder.end_id, tokenizer_config)
     name = options.name or f"{pack.schema.name}-gpt2"
     checkpoint = replace(load_folder(folder, name=name, source=_source(pack, basis, options)), license=pack.license)
     examples = map(basis.encoder.encode, ExampleMaker(pack, options.seed + 1))
@@ -303,17 +304,6 @@ def _figures(student: Any, basis: Basis) -> dict[str, Any]:
         "kind_and_actions_exact": round(sum(found.actions) / count, 4),
         "answers_exact": round(sum(found.answers) / count, 4),
     }
-
-
-def save_student(student: Any, basis: Basis, folder: Path) -> None:
-    """Write the student as ``load_folder`` reads it."""
-    # Both files would otherwise name the end of GPT-2's own vocabulary.
-    for config in (student.config, student.generation_config):
-        config.eos_token_id = config.bos_token_id = basis.encoder.end_id
-    student.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(basis.tokenizer_json, encoding="utf-8")
-    settings = {"eos_token": END_TOKEN, "chat_template": CHAT_TEMPLATE, "add_bos_token": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _domain_teacher(basis: Basis, pack: Pack, options: DistilOptions, settings: TrainSettings) -> DomainTeacher:

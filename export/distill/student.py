@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +12,9 @@ import numpy as np
 from export.errors import ExportError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from export.tensors import Float32Array
@@ -92,6 +96,26 @@ def project(rows: Float32Array, width: int) -> Float32Array:
     # Turned at random, so that heads share the large components instead of the first one getting them all.
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0].astype(np.float32)
     return np.ascontiguousarray(components @ turn, dtype=np.float32)
+
+
+def save_student(
+    student: Any, folder: Path, tokenizer_json: str, end_id: int, tokenizer_config: Mapping[str, Any]
+) -> None:
+    """Write a student as ``load_folder`` reads it.
+
+    Args:
+        student: a transformers model.
+        folder: made if it is not there.
+        tokenizer_json: contents of tokenizer.json.
+        end_id: the token that ends an answer.
+        tokenizer_config: contents of tokenizer_config.json.
+    """
+    # Both files would otherwise name the end of GPT-2's own vocabulary.
+    for config in (student.config, student.generation_config):
+        config.eos_token_id = config.bos_token_id = end_id
+    student.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config), encoding="utf-8")
 
 
 def alternate_layers(student: Any, teacher: Any) -> None:

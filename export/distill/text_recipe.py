@@ -11,7 +11,6 @@ teacher's width starts from its alternating layers (Sanh et al. 2019), any other
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +24,7 @@ from export.distill.compare import compare_with_and_without
 from export.distill.corpus import text_corpus
 from export.distill.evaluate import bits_per_byte
 from export.distill.losses import HiddenStates
-from export.distill.student import StudentShape, alternate_layers, new_student, take_embeddings
+from export.distill.student import StudentShape, alternate_layers, new_student, save_student, take_embeddings
 from export.distill.teacher import CacheKey, TeacherCache
 from export.distill.train import Trainer, TrainSettings
 from export.errors import ExportError
@@ -206,14 +205,10 @@ def _bits(model: Any, task: _Task, options: TextOptions) -> float:
 def _write_bundle(options: TextOptions, task: _Task, student: Any, report: dict[str, Any]) -> Manifest:
     folder = options.work / "student-hf"
     chat = task.checkpoint.chat
-    for config in (student.config, student.generation_config):
-        config.eos_token_id = config.bos_token_id = task.checkpoint.eos_token_ids[0]
-    student.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(task.checkpoint.tokenizer_json, encoding="utf-8")
-    settings = {"bos_token": chat.bos_token, "eos_token": chat.eos_token, "add_bos_token": chat.adds_bos}
+    tokenizer_config = {"bos_token": chat.bos_token, "eos_token": chat.eos_token, "add_bos_token": chat.adds_bos}
     if chat.template is not None:
-        settings["chat_template"] = chat.template
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        tokenizer_config["chat_template"] = chat.template
+    save_student(student, folder, task.checkpoint.tokenizer_json, task.checkpoint.eos_token_ids[0], tokenizer_config)
     name = options.name or f"{task.checkpoint.name}-{options.student.num_layers}x{options.student.hidden_size}"
     source = f"GPT-2 {options.student.num_layers}x{options.student.hidden_size} distilled from {task.checkpoint.source}"
     loaded = load_folder(folder, name=name, source=source)
