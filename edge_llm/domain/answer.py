@@ -1,7 +1,8 @@
 """A domain model's tokens as kind, validated actions and text.
 
 The counterpart of engine/text_stream.py. Nothing of a command's text is released before its actions have been checked
-against the schema, and an action that does not pass is dropped.
+against the schema, and an action that does not pass is dropped. One that repeats another, slots and all, is done and
+announced once.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class DomainAnswer:
         self._values = values
         self._stop = tuple(stop)
         self._head: list[int] = []
-        self._calls: list[ActionCall | None] = []  # None is one that was dropped
+        self._calls: list[ActionCall | None] = []  # None is one that was dropped, or repeats another
+        self._repeated: set[int] = set()  # indices of those that repeat another
         self._part: TextStream | None = None
         self._part_index = -1
         self._part_failed = False
@@ -93,11 +95,12 @@ class DomainAnswer:
 
     def _drop_unsaid(self) -> str:
         """An answer that was cut short: nothing is done that nobody was told of."""
-        unsaid = self._calls[self._part_index + 1 :]
+        unsaid = [index for index in range(self._part_index + 1, len(self._calls)) if index not in self._repeated]
         if not unsaid or self.kind != "command":
             return ""
-        self.dropped_actions += sum(call is not None for call in unsaid)
-        self._calls[self._part_index + 1 :] = [None] * len(unsaid)
+        for index in unsaid:
+            self.dropped_actions += self._calls[index] is not None
+            self._calls[index] = None
         failure = self._grammar.schema.failure
         if failure in self.text:
             return ""
@@ -131,7 +134,8 @@ class DomainAnswer:
         if self._part_failed:
             failure = self._grammar.schema.failure
             # Once is enough; and a sentence that there is no action for is not said at all.
-            silent = self._part_index >= len(self._calls) or failure in self.text + before
+            has_action = self._part_index < len(self._calls) and self._part_index not in self._repeated
+            silent = not has_action or failure in self.text + before
             self._held = "" if silent else failure
         self._gap = bool(self.text or before) and not (self.text + before)[-1].isspace()
         return before
@@ -189,8 +193,11 @@ class DomainAnswer:
             call = self._read_call(self._head[start:end], [*probabilities[:1], *probabilities[start:end]])
             if call is not None and not self._is_wanted(call):
                 call = None
-            self._calls.append(call)
             self.dropped_actions += call is None
+            if call is not None and any(other and _is_same(call, other) for other in self._calls):
+                self._repeated.add(len(self._calls))
+                call = None
+            self._calls.append(call)
         if self._calls and self.kind != "command":
             # Words that say one thing and an action that does another: neither is to be trusted.
             self.dropped_actions += len(self.actions)
@@ -230,3 +237,8 @@ class DomainAnswer:
     def _released(self, text: str) -> str:
         self.text += text
         return text
+
+
+def _is_same(call: ActionCall, other: ActionCall) -> bool:
+    """Whether they ask for the same: models repeat themselves more often than people ask for a thing twice."""
+    return call.name == other.name and call.slots == other.slots

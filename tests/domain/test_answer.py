@@ -15,6 +15,7 @@ from tests.domain.pack import GRAMMAR, SCHEMA, TOKENIZER, answer, greedy_sampler
 
 OPEN_DRIVER = ("<|action window.move|>", "<|slot which|>", " driver", "<|slot action|>", " open")
 WARMER = ("<|action climate.set|>", "<|slot degrees|>", "21")
+COOLER = ("<|action climate.set|>", "<|slot degrees|>", "17")
 TOO_WARM = ("<|action climate.set|>", "<|slot degrees|>", "45")
 RANGE = ("<|command|>", "<|action status.range|>", "<|say|>", "You have ", "<|value range_km|>", " kilometres left.")
 TOKENS = st.sampled_from(SCHEMA.special_tokens()) | st.sampled_from(
@@ -100,12 +101,12 @@ def test_two_actions_have_a_sentence_each_in_their_order():
 def test_sentences_are_parted_by_one_space(second):
     parts = ["<|say|>", "One.", "<|say|>", second]
     assert read("<|chat|>", *parts).text == "One. Two."
-    assert read("<|command|>", *WARMER, *WARMER, *parts).text == "One. Two."
+    assert read("<|command|>", *WARMER, *COOLER, *parts).text == "One. Two."
 
 
 def test_an_empty_sentence_leaves_no_space():
     assert read("<|chat|>", "<|say|>", "One.", "<|say|>").text == "One."
-    assert read("<|command|>", *WARMER, *WARMER, "<|say|>", "<|say|>", "Two.").text == "Two."
+    assert read("<|command|>", *WARMER, *COOLER, "<|say|>", "<|say|>", "Two.").text == "Two."
 
 
 def test_many_tokens_at_once_read_as_one_by_one():
@@ -126,7 +127,7 @@ def test_nothing_of_a_command_is_said_before_its_actions_are_complete():
 
 def test_a_commands_sentence_is_said_when_it_is_complete():
     found = answer()
-    assert found.push(ids("<|command|>", *WARMER, *WARMER, "<|say|>", "Set to ", "<|value degrees|>", ".")) == ""
+    assert found.push(ids("<|command|>", *WARMER, *COOLER, "<|say|>", "Set to ", "<|value degrees|>", ".")) == ""
     assert found.push(ids("<|say|>")) == "Set to 21."
     assert found.push(ids("Again.")) == ""
     assert found.finish() == " Again."
@@ -227,7 +228,8 @@ def test_placeholders_of_a_dropped_action_are_not_said():
 
 
 def test_more_actions_than_the_pack_allows_are_dropped():
-    found = read("<|command|>", *WARMER * 4, *["<|say|>", "Set."] * 4)
+    four = [part for degrees in ("17", "18", "19", "20") for part in (*WARMER[:2], degrees)]
+    found = read("<|command|>", *four, *["<|say|>", "Set."] * 4)
     assert (len(found.actions), found.dropped_actions) == (2, 2)
     assert found.text == f"Set. Set. {SCHEMA.failure}"
 
@@ -325,3 +327,13 @@ def test_confidence_of_what_the_model_found_impossible_is_zero():
     found = answer(sampler)
     found.push(ids("<|command|>", "<|action trunk.open|>", "<|say|>"))
     assert found.actions[0].confidence == 0.0
+
+
+def test_an_action_that_repeats_another_is_done_and_announced_once():
+    found = read("<|command|>", *WARMER, *WARMER, "<|say|>", "Set.", "<|say|>", "Set again.")
+    assert [call.slots for call in found.actions] == [{"degrees": 21}]
+    assert (found.text, found.dropped_actions) == ("Set.", 0)
+    # Cut short before the second sentence: nothing that matters went unsaid.
+    cut = read("<|command|>", *WARMER, *WARMER, "<|say|>", "Set.")
+    assert (cut.text, len(cut.actions), cut.dropped_actions) == ("Set.", 1, 0)
+    assert len(read("<|command|>", *WARMER, *COOLER, "<|say|>", "One.", "<|say|>", "Two.").actions) == 2
