@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from export.checkpoint import Checkpoint
     from export.distill.recipe import DistilOptions
+    from export.distill.train import TrainSettings
     from export.packs.pack import Pack
 
 
@@ -45,7 +46,7 @@ punctuation, fillers and slips varied. No recorded speech and no user's words we
 {teacher.source}, licence {teacher.license}. {taught}
 
 ## Recipe
-{settings.steps} steps of {settings.batch_tokens} tokens, AdamW, learning rate {settings.learning_rate:g} with warm-up
+{settings.steps} steps of {settings.batch_tokens} tokens, {_optimizer(settings)}, with warm-up
 and cosine decay, weights averaged, vocabulary trimmed to {options.vocabulary} tokens, dropout {options.dropout:g}.
 
 ## Figures
@@ -57,3 +58,10 @@ kind and actions exact {figures["kind_and_actions_exact"]:.1%}, the whole answer
 English, and the few sentences in other languages that the pack has. It misunderstands some utterances: a host must not
 let it do what cannot be undone, and should ask back where an action says `confirm`. It knows no facts but the pack's.
 """
+
+
+def _optimizer(settings: TrainSettings) -> str:
+    adamw = f"AdamW at learning rate {settings.learning_rate:g}"
+    if not settings.matrix_learning_rate:
+        return adamw
+    return f"Muon at learning rate {settings.matrix_learning_rate:g} for the layers' matrices, {adamw} for the rest"

@@ -102,6 +102,13 @@ def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> N
     parser.add_argument("--batch-tokens", type=positive_int, default=2048, metavar="N", help="a step (default 2048)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of the student (default 0.001)")
     parser.add_argument(
+        "--matrix-learning-rate",
+        type=non_negative,
+        default=2.5e-3,
+        metavar="R",
+        help="of the student's layers, by Muon (default 0.0025; 0 trains them with AdamW as the rest)",
+    )
+    parser.add_argument(
         "--extra", type=Path, metavar="FILE", help="more utterances, as `edge-llm feedback export` writes them"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -130,6 +137,7 @@ def _options(arguments: argparse.Namespace) -> DistilOptions:
         steps=arguments.steps,
         batch_tokens=arguments.batch_tokens,
         learning_rate=arguments.learning_rate,
+        matrix_learning_rate=arguments.matrix_learning_rate,
         seed=arguments.seed,
         loss=loss,
     )
@@ -171,6 +179,7 @@ def _text_options(arguments: argparse.Namespace) -> TextOptions:
             steps=arguments.steps,
             batch_tokens=arguments.batch_tokens,
             learning_rate=arguments.learning_rate,
+            matrix_learning_rate=arguments.matrix_learning_rate,
             seed=arguments.seed,
             # Every token of a text counts alike.
             loss=LossWeights(cross_entropy=0.5, divergence=0.5),

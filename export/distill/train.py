@@ -13,6 +13,7 @@ import numpy as np
 from export.console import progress, say
 from export.distill.batches import BatchOrder, make_batch
 from export.distill.losses import LossWeights, batch_loss
+from export.distill.optimizers import Optimizers
 from export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ class TrainSettings:
     Attributes:
         steps: updates in all.
         batch_tokens: tokens a step, padding included.
-        learning_rate: after the warm-up; it falls to a tenth along a cosine.
+        learning_rate: of AdamW after the warm-up; it falls to a tenth along a cosine.
+        matrix_learning_rate: of Muon, for the layers' matrices; 0 leaves them to AdamW.
         warmup_share: share of the steps over which it rises.
-        weight_decay: of matrices, decoupled (AdamW).
+        weight_decay: of matrices, decoupled.
         clip_norm: gradients are scaled down to this norm.
         seed: of the order of batches and of dropout.
         average_from: share of the steps after which weights are averaged (exponentially); 1 switches it off.
@@ -48,6 +50,7 @@ class TrainSettings:
     steps: int
     batch_tokens: int = 2048
     learning_rate: float = 1e-3
+    matrix_learning_rate: float = 0.0
     warmup_share: float = 0.03
     weight_decay: float = 0.05
     clip_norm: float = 1.0
@@ -86,8 +89,6 @@ class Trainer:
         origin: str = "",
         hidden_states: HiddenStates | None = None,
     ) -> None:
-        import torch
-
         self.model = model
         self.step = 0
         self._corpus = corpus
@@ -109,10 +110,9 @@ class Trainer:
         }
         for free in ("steps", "checkpoint_s"):
             del self._identity[free]
-        decayed = [p for p in model.parameters() if p.dim() >= 2]
-        plain = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+        self._optimizers = Optimizers(
+            model, settings.learning_rate, settings.matrix_learning_rate, settings.weight_decay
+        )
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -177,14 +177,11 @@ class Trainer:
         settings = self._settings
         batch = make_batch(self._corpus, self._order.indices(self.step))
         predictions = self._targets.read(batch.corpus_positions) if self._targets is not None else None
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(self.step, settings)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, cross_entropy = batch_loss(self.model, batch, settings.loss, predictions, self._hidden_states)
-        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self._optimizer.step()
+        self._optimizers.step(schedule(self.step, settings))
         self._update_average()
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -229,7 +226,7 @@ class Trainer:
             "identity": self._identity,
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._optimizers.state_dict(),
             "average": self._average,
             "curve": self._curve,
             "window": self._window,
@@ -265,7 +262,7 @@ class Trainer:
             raise ExportError(
                 f"{self._folder} holds a run with a model of another shape: give --work another folder, or remove it"
             ) from None
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizers.load_state_dict(state["optimizer"])
         self._average = state["average"]
         self._curve = state["curve"]
         self._window = [(loss, cross_entropy) for loss, cross_entropy in state.get("window", [])]

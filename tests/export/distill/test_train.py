@@ -145,6 +145,7 @@ def test_a_student_follows_its_teacher(corpus: Corpus, tmp_path: Path) -> None:
 
 CHANGES: dict[str, TrainSettings] = {
     "learning_rate": replace(SETTINGS, learning_rate=1e-3),
+    "matrix_learning_rate": replace(SETTINGS, matrix_learning_rate=2e-3),
     "batch_tokens": replace(SETTINGS, batch_tokens=99),
     "seed": replace(SETTINGS, seed=1),
     "weight_decay": replace(SETTINGS, weight_decay=0.0),
