@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from edge_llm.domain.schema import ChoiceSlot, IntegerSlot, NumberSlot, TextSlot
 from export.packs.lines import Call, SlotPart
-from export.packs.noise import Piece, add_noise, lower_first
+from export.packs.noise import Piece, add_aside, add_noise, lower_first
 from export.packs.numbers import say_integer, say_number
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 # How often each kind of example is drawn. Outside examples are many because acting on one is the worst mistake.
 _SHARES: Final[Mapping[str, float]] = {
-    "intent": 0.30,
+    "intent": 0.36,
     "mixed": 0.07,
     "joined": 0.09,
     "out_of_range": 0.03,
-    "fact": 0.18,
-    "chat": 0.08,
+    "fact": 0.14,
+    "chat": 0.06,
     "refusal": 0.25,
     "rephrased": 0.8,
 }
@@ -34,6 +34,8 @@ _ONSETS: Final = (*"bcdfghjklmnprstvwz", "br", "ch", "cr", "dr", "fl", "gr", "kr
 _VOWELS: Final = (*"aeiouaeio", "ai", "ea", "ee", "ou", "ia")
 _CODAS: Final = ("", "", "", *"nrslmtx", "ck", "nd", "rt", "th")
 _MAX_JOINED_CHARACTERS: Final = 120
+# How often a number is an end of its range.
+_END_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ class ExampleMaker:
         self._rng = random.Random(seed)  # noqa: S311 - not for secrets
         self._shares = [(name, share) for name, share in _SHARES.items() if self._has(name)]
         self._intents = list(pack.intents)
-        # The square root: an intent with many wordings is drawn more often, but not in proportion.
-        self._intent_weights = [len(intent.templates) ** 0.5 for intent in self._intents]
+        self._intent_weights = [_weight(intent) for intent in self._intents]
         self._words = [template.text for intent in pack.intents for template in intent.templates]
         self._words += [value for words in pack.words.values() for value in words.values]
         self._ranged = [
@@ -113,7 +114,8 @@ class ExampleMaker:
             return self._out_of_range()
         if share == "rephrased":
             return self._found()
-        reply = self._rng.choice([reply for reply in self._pack.replies if reply.kind == share])
+        replies = [reply for reply in self._pack.replies if reply.kind == share]
+        reply = self._rng.choices(replies, [_weight(reply) for reply in replies])[0]
         return self.reply(reply, self._rng.choice(reply.templates))
 
     def echo(self) -> str:
@@ -196,7 +198,8 @@ class ExampleMaker:
         """A value of a slot, and how it is said."""
         rng = self._rng
         if isinstance(slot, IntegerSlot):
-            number = rng.randint(slot.min, slot.max)
+            # The ends are said more often than chance would have it, and are where mistakes are made.
+            number = rng.choice([slot.min, slot.max]) if rng.random() < _END_SHARE else rng.randint(slot.min, slot.max)
             return number, say_integer(number, rng)
         if isinstance(slot, NumberSlot):
             value = round(rng.uniform(slot.min, slot.max), slot.decimals)
@@ -281,7 +284,9 @@ class ExampleMaker:
     def _noisy(self, pieces: list[Piece]) -> list[Piece]:
         if not self._noise:
             return pieces
-        return add_noise(pieces, self._pack.fillers_before, self._pack.fillers_after, self._rng)
+        pack = self._pack
+        pieces = add_aside(pieces, pack.asides_before, pack.asides_after, self._rng)
+        return add_noise(pieces, pack.fillers_before, pack.fillers_after, self._rng)
 
     def _example(self, pieces: list[Piece], calls: list[Call], source: str) -> Example:
         slots: list[dict[str, SlotValue]] = [dict(call.slots) for call in calls]
@@ -300,6 +305,11 @@ def held_out_examples(pack: Pack, seed: int = 0) -> list[Example]:
     return commands + [
         maker.reply(reply, template, noise=False) for reply in pack.replies for template in reply.held_out
     ]
+
+
+def _weight(group: Intent | Reply) -> float:
+    """The square root: what has many wordings is drawn more often, but not in proportion."""
+    return float(len(group.templates) ** 0.5)
 
 
 def _text(pieces: list[Piece]) -> str:

@@ -16,6 +16,8 @@ _HESITATIONS: Final = (" uh", " um", " er", " like", " erm", ", uh,", " you know
 _APOSTROPHE: Final = re.compile(r"(?<=\w)'(?=\w)")
 _ARTICLES: Final = re.compile(r"(?<= )(the|a|an|my|some) ")
 
+_ASIDE_SHARE: Final = 0.06
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -43,6 +45,29 @@ def add_noise(pieces: Sequence[Piece], before: Sequence[str], after: Sequence[st
     if is_latin:
         noisy = [_slip(piece, rng) if piece.slot is None else piece for piece in noisy]
     return _styled(noisy, rng)
+
+
+def add_aside(pieces: Sequence[Piece], before: Sequence[str], after: Sequence[str], rng: random.Random) -> list[Piece]:
+    """The utterance, now and then with a remark before or after it that has nothing to do with it.
+
+    Args:
+        pieces: the utterance; one that is not in Latin letters stays as it is.
+        before: remarks that may come first.
+        after: remarks that may come last.
+        rng: decides.
+    """
+    way = rng.random()
+    if not "".join(piece.text for piece in pieces).isascii():
+        return list(pieces)
+    if before and way < _ASIDE_SHARE:
+        aside = rng.choice(before)
+        aside = aside[:1].upper() + aside[1:]
+        joint = rng.choice([". ", ", ", ", so ", " so ", " "])
+        return [Piece(aside + joint), *(pieces if joint == ". " else _with_first(pieces, lower_first))]
+    if after and way > 1 - _ASIDE_SHARE:
+        aside, joint = rng.choice(after), rng.choice([". ", ", ", " "])
+        return [*_without_end(pieces), Piece(joint + (aside[:1].upper() + aside[1:] if joint == ". " else aside))]
+    return list(pieces)
 
 
 def _styled(pieces: list[Piece], rng: random.Random) -> list[Piece]:

@@ -5,7 +5,7 @@
     PACK/intents/*.toml       utterances of the actions, with the answer
     PACK/replies/*.toml       facts, small talk and what is refused
     PACK/held_out/*.toml      more utterances that are only ever tested on
-    PACK/values/*.txt         values of text slots, one a line
+    PACK/values/*.txt         values of text slots, and asides, one a line
 
 docs/domain-packs.md describes every key.
 """
@@ -72,6 +72,8 @@ class _PackFile(_Strict, frozen=True, kw_only=True):
     fillers_before: tuple[str, ...] = ()
     fillers_after: tuple[str, ...] = ()
     joiners: tuple[str, ...] = ("and",)
+    asides_before_file: str = ""
+    asides_after_file: str = ""
     state: dict[Name, StateValue] = {}
     examples: tuple[Sentence, ...] = ()
 
@@ -193,6 +195,8 @@ class Pack:
     fillers_before: tuple[str, ...]
     fillers_after: tuple[str, ...]
     joiners: tuple[str, ...]
+    asides_before: tuple[str, ...]
+    asides_after: tuple[str, ...]
     words: Mapping[tuple[str, str], SlotWords]
     intents: tuple[Intent, ...]
     replies: tuple[Reply, ...]
@@ -228,7 +232,15 @@ def load_pack(folder: Path) -> Pack:
     """
     if not (folder / "pack.toml").is_file():
         raise ExportError(f"{folder} is not a domain pack: it has no pack.toml")
-    about = LocatedToml(folder / "pack.toml").convert(_PackFile)
+    about_toml = LocatedToml(folder / "pack.toml")
+    about = about_toml.convert(_PackFile)
+    asides = {
+        key: _read_values(folder, name, about_toml.where(key)) if name else ()
+        for key, name in (
+            ("asides_before_file", about.asides_before_file),
+            ("asides_after_file", about.asides_after_file),
+        )
+    }
     actions_toml = LocatedToml(folder / "actions.toml")
     actions = actions_toml.convert(_ActionsFile).action
     schema = DomainSchema(
@@ -272,6 +284,8 @@ def load_pack(folder: Path) -> Pack:
         fillers_before=about.fillers_before,
         fillers_after=about.fillers_after,
         joiners=about.joiners,
+        asides_before=asides["asides_before_file"],
+        asides_after=asides["asides_after_file"],
         words=words,
         intents=intents,
         replies=replies,
@@ -298,7 +312,15 @@ def _slot_words(slot: _Slot, folder: Path, where: str, schema: DomainSchema) -> 
         return SlotWords({}, (), slot.out_of_range)
     if isinstance(slot, _Choice):
         return SlotWords({value: words.spoken for value, words in slot.values.items()}, (), "")
-    path = folder / "values" / slot.values_file
+    values = _read_values(folder, slot.values_file, where)
+    longest = max(values, key=lambda value: len(value.split()))
+    if len(longest.split()) > slot.max_words:
+        raise ExportError(f"{where}: {longest!r} of {slot.values_file} has more words than max_words, {slot.max_words}")
+    return SlotWords({}, values, "")
+
+
+def _read_values(folder: Path, name: str, where: str) -> tuple[str, ...]:
+    path = folder / "values" / name
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -306,10 +328,7 @@ def _slot_words(slot: _Slot, folder: Path, where: str, schema: DomainSchema) -> 
     values = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not values:
         raise ExportError(f"{where}: {path} holds no value")
-    longest = max(values, key=lambda value: len(value.split()))
-    if len(longest.split()) > slot.max_words:
-        raise ExportError(f"{where}: {longest!r} of {path} has more words than max_words, {slot.max_words}")
-    return SlotWords({}, values, "")
+    return values
 
 
 def _read_intents(

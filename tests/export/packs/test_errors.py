@@ -294,3 +294,12 @@ def test_extra_utterances_join_the_pack(kitchen: Pack, tmp_path: Path) -> None:
     assert [template.text for template in extended.mixed[-1:]] == ["blast it"]
     assert [template.text for template in extended.replies[0].templates][-1] == "boil me one"
     assert len(extended.mixed) == len(kitchen.mixed) + 1
+
+
+def test_asides_are_read_from_their_files(pack_folder: Path) -> None:
+    path = replace(pack_folder, "pack.toml", 'joiners = ["and"', 'asides_after_file = "asides.txt"\njoiners = ["and"')
+    line = line_of(path, "asides_after_file")
+    assert refusal_of(pack_folder).startswith(f"{path}:{line}: cannot read {pack_folder / 'values' / 'asides.txt'}: ")
+    (pack_folder / "values" / "asides.txt").write_text("# Remarks\n\nyou know me\nby the way\n", encoding="utf-8")
+    pack = load_pack(pack_folder)
+    assert (pack.asides_before, pack.asides_after) == ((), ("you know me", "by the way"))

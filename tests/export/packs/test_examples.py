@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_llm.domain.schema import TextSlot, allows, is_complete
 from export.packs.examples import Example, ExampleMaker, Rephrased, held_out_examples
 from export.packs.lines import Template, parse_mixed_line
-from export.packs.noise import Piece, add_noise
+from export.packs.noise import Piece, add_aside, add_noise
 from export.packs.pack import Pack
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -180,6 +180,44 @@ def test_noise_changes_a_value_with_its_words(seed: int, value: str) -> None:
     text = "".join(piece.text for piece in noisy)
     assert re.search(rf"(?<!\w){re.escape(said[0].text)}(?!\w)", text)
     assert letters(said[0].text) == letters(value)
+
+
+def test_an_aside_leaves_the_utterance_whole() -> None:
+    pieces = [Piece("Ring "), Piece("the old mill, Bath", (0, "contact")), Piece(" up, quickly.")]
+    said = set()
+    for seed in range(400):
+        told = add_aside(pieces, ["sam is nineteen"], ["you know me"], random.Random(seed))
+        assert [piece for piece in told if piece.slot is not None] == [pieces[1]]
+        said.add("".join(piece.text for piece in told))
+    plain = "ing the old mill, Bath up, quickly"
+    assert said == {
+        *(f"Sam is nineteen{joint}r{plain}." for joint in (", ", ", so ", " so ", " ")),
+        *(f"R{plain}{joint}" for joint in (". You know me", ", you know me", " you know me", ".")),
+        f"Sam is nineteen. R{plain}.",
+    }
+    chinese = [Piece("什么是人工智能？")]
+    assert all(add_aside(chinese, ["so"], ["well"], random.Random(seed)) == chinese for seed in range(100))
+
+
+def test_asides_come_with_everything_but_small_talk(kitchen: Pack) -> None:
+    told = replace(kitchen, asides_before=("zzz tells me",), asides_after=("so yyy says",))
+    examples = [e for e in draw(told, 3, 4000) if re.search("zzz|yyy", e.text.casefold())]
+    assert {example.kind for example in examples} == {"command", "fact", "refusal"}
+    for example in examples:
+        assert_valid(told, example)
+    assert 0.05 < len(examples) / 4000 < 0.2
+
+
+def test_the_ends_of_a_range_are_drawn_more_often(kitchen: Pack) -> None:
+    drawn = [
+        call.slots["degrees"]
+        for example in draw(kitchen, 8, 6000)
+        for call in example.calls
+        if call.action == "oven.heat" and call.slots["degrees"] != 180
+    ]
+    # 201 values, of which chance would draw either end once in a hundred times.
+    assert drawn.count(50) > 0.02 * len(drawn)
+    assert len(set(drawn)) > 50
 
 
 def letters(text: str) -> str:
