@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.domain import Utterance, figures_of, judge_all, pack_utterances
+from benchmarks.domain.judging import figures_of, judge_all
+from benchmarks.domain.utterances import Utterance, pack_utterances
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.bundle.shipped import shipped_bundle
 from edge_llm.config import Config, EngineConfig

@@ -1,0 +1,1 @@
+"""How a domain bundle understands people it has never heard."""
