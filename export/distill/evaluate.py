@@ -59,6 +59,25 @@ def exactness(model: Any, corpus: Corpus, say_id: int) -> Exactness:
     return Exactness(actions, answers)
 
 
+def line_bits_per_byte(model: Any, lines: Sequence[Sequence[int]], num_bytes: int) -> float:
+    """Mean code length of lines that have nothing to do with one another, in bits per UTF-8 byte.
+
+    Args:
+        model: a transformers causal LM.
+        lines: token ids; the first of each is given, the others are predicted.
+        num_bytes: length of the text of all lines.
+    """
+    import torch
+
+    nats = 0.0
+    model.eval()
+    for line in lines:
+        with torch.no_grad():
+            logits = model(torch.tensor([list(line)])).logits[0, :-1].float()
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(list(line[1:])), reduction="sum"))
+    return nats / math.log(2) / num_bytes
+
+
 def bits_per_byte(model: Any, token_ids: Sequence[int], num_bytes: int, window_tokens: int) -> float:
     """Mean code length of a text in bits per UTF-8 byte: comparable between tokenizers, unlike perplexity.
 

@@ -24,10 +24,9 @@ import tokenizers
 from edge_llm.domain.schema import END_TOKEN, REPLY_TOKEN, USER_TOKEN
 from edge_llm.engine.tokenizer import Tokenizer
 from export.checkpoints import load_checkpoint
-from export.console import say
 from export.distill.card import model_card
 from export.distill.corpus import Corpus, example_corpus
-from export.distill.evaluate import exactness
+from export.distill.figures import bits_per_byte_figures, held_out_figures
 from export.distill.rephrase import read_rephrased, rephrase
 from export.distill.student import StudentShape, new_student, save_student, take_embeddings
 from export.distill.teacher import CacheKey, TeacherCache
@@ -45,7 +44,7 @@ from export.verify import DEFAULT_MAX_PERPLEXITY_RATIO, DEFAULT_TEXT
 from export.vocabulary import TrimmedVocabulary, add_special_tokens, trim_checkpoint, trim_vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from edge_llm.bundle.manifest import Manifest
@@ -158,7 +157,12 @@ def distil(pack: Pack, options: DistilOptions) -> Manifest:
     targets = None if teacher is None else _predictions(teacher, corpus, options)
     # 4. The student learns from both.
     student = train_student(basis, corpus, targets, options)
-    return write_bundle(pack, basis, student, options)
+    taught = None if teacher is None else teacher.model
+    report = {
+        **held_out_figures(student, basis, "student"),
+        "bits_per_byte": bits_per_byte_figures(student, taught, basis, options.context),
+    }
+    return write_bundle(pack, basis, student, report, options)
 
 
 def make_basis(pack: Pack, options: DistilOptions) -> Basis:
@@ -256,13 +260,13 @@ def train_student(basis: Basis, corpus: Corpus, targets: TeacherCache | None, op
     origin = f"{basis.teacher.source}, {options.student}, dropout {options.dropout}, embeddings {options.embeddings}"
     trainer = Trainer(student, corpus, options.settings, options.work / "student", targets, origin)
     trainer.run(watch=_watch(student, basis))
-    student = trainer.averaged()
-    _report(student, basis, "student")
-    return student
+    return trainer.averaged()
 
 
-def write_bundle(pack: Pack, basis: Basis, student: Any, options: DistilOptions) -> Manifest:
-    """Export the student, judged on the pack's held-out lines."""
+def write_bundle(
+    pack: Pack, basis: Basis, student: Any, figures: Mapping[str, Any], options: DistilOptions
+) -> Manifest:
+    """Export the student with its figures on the pack's held-out lines."""
     folder = options.work / "student-hf"
     tokenizer_config = {"eos_token": END_TOKEN, "chat_template": CHAT_TEMPLATE, "add_bos_token": False}
     save_student(student, folder, basis.tokenizer_json, basis.encoder.end_id, tokenizer_config)
@@ -272,8 +276,7 @@ def write_bundle(pack: Pack, basis: Basis, student: Any, options: DistilOptions)
     fitting = (example.token_ids for example in examples if len(example.token_ids) <= options.context)
     calibrate = list(itertools.islice(fitting, _CALIBRATION_EXAMPLES))
     verify = [basis.held_out.sequence(index).tolist() for index in range(len(basis.held_out))]
-    report = {"domain": _figures(student, basis)}
-    card = model_card(pack, name, basis.teacher, options, report["domain"])
+    card = model_card(pack, name, basis.teacher, options, figures)
     export = ExportOptions(
         out=options.out,
         targets=(cpu_int8(),),
@@ -283,7 +286,7 @@ def write_bundle(pack: Pack, basis: Basis, student: Any, options: DistilOptions)
         name=name,
         version=options.version,
         generation={"max_tokens": _MAX_ANSWER_TOKENS},
-        domain=DomainParts(pack.schema, calibrate, verify, report, card),
+        domain=DomainParts(pack.schema, calibrate, verify, {"domain": dict(figures)}, card),
     )
     return export_checkpoint(checkpoint, export)
 
@@ -294,16 +297,6 @@ def _source(pack: Pack, basis: Basis, options: DistilOptions) -> str:
         f"GPT-2 {shape.num_layers}x{shape.hidden_size} trained on the pack {pack.schema.name} {pack.schema.version}, "
         f"tokenizer and embeddings from {basis.teacher.source}"
     )
-
-
-def _figures(student: Any, basis: Basis) -> dict[str, Any]:
-    found = exactness(student, basis.held_out, basis.encoder.say_id)
-    count = len(found.actions)
-    return {
-        "held_out": count,
-        "kind_and_actions_exact": round(sum(found.actions) / count, 4),
-        "answers_exact": round(sum(found.answers) / count, 4),
-    }
 
 
 def _domain_teacher(basis: Basis, pack: Pack, options: DistilOptions, settings: TrainSettings) -> DomainTeacher:
@@ -324,7 +317,7 @@ def _domain_teacher(basis: Basis, pack: Pack, options: DistilOptions, settings: 
     trainer = Trainer(teacher, corpus, settings, options.work / "teacher", origin=basis.teacher.source)
     trainer.run(watch=_watch(teacher, basis))
     teacher = trainer.averaged()
-    _report(teacher, basis, "teacher")
+    held_out_figures(teacher, basis, "teacher")
     identity = json.dumps([basis.teacher.source, asdict(settings), corpus.digest], sort_keys=True)
     return DomainTeacher(teacher, identity)
 
@@ -338,17 +331,9 @@ def _predictions(teacher: DomainTeacher, corpus: Corpus, options: DistilOptions)
 
 def _watch(model: Any, basis: Basis) -> Callable[[int], None]:
     def report(step: int) -> None:
-        _report(model, basis, f"step {step}")
+        held_out_figures(model, basis, f"step {step}")
 
     return report
-
-
-def _report(model: Any, basis: Basis, name: str) -> None:
-    figures = _figures(model, basis)
-    say(
-        f"{name}: held out {figures['held_out']}, kind and actions exact {figures['kind_and_actions_exact']:.1%}, "
-        f"the whole answer {figures['answers_exact']:.1%}"
-    )
 
 
 def _texts(maker: ExampleMaker, count: int) -> list[str]:
