@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 
 from export.console import progress, say
 from export.distill.batches import BatchOrder, make_batch
+from export.distill.curve import write_picture, write_table
 from export.distill.losses import LossWeights, batch_loss
 from export.distill.optimizers import Optimizers
 from export.errors import ExportError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from export.distill.losses import HiddenStates
     from export.distill.teacher import TeacherCache
 
-_CURVE_FIELDS: Final = ("step", "loss", "answer_cross_entropy", "learning_rate", "tokens_per_s")
 _CHECKPOINT: Final = "checkpoint.pt"
 _CURVE_EVERY: Final = 20
 
@@ -158,6 +157,8 @@ class Trainer:
                         watch(self.step)
                         self.model.train()
         self._save()
+        if self._curve:
+            write_picture(self._curve, self._folder)
 
     def averaged(self) -> Any:
         """The model with the averaged weights, ready to use; the weights as they are if nothing was averaged."""
@@ -233,10 +234,7 @@ class Trainer:
         }
         torch.save(state, partial)
         partial.replace(self._folder / _CHECKPOINT)
-        with (self._folder / "loss.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, _CURVE_FIELDS)
-            writer.writeheader()
-            writer.writerows(self._curve)
+        write_table(self._curve, self._folder)
 
     def _resume(self) -> None:
         import torch

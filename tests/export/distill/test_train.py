@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_the_curve_is_written_down(corpus: Corpus, tmp_path: Path) -> None:
     assert [float(row["loss"]) for row in rows] == trainer.losses
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
     assert float(rows[-1]["learning_rate"]) == pytest.approx(SETTINGS.learning_rate * 0.1, rel=0.05)
+
+
+def test_the_curve_is_drawn(corpus: Corpus, tmp_path: Path) -> None:
+    train(tmp_path, corpus, replace(SETTINGS, steps=10))
+    head = (tmp_path / "loss.png").read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", head[16:24]) == (960, 600)
 
 
 def test_a_run_is_the_same_for_a_seed(corpus: Corpus, tmp_path: Path) -> None:
