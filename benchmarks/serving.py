@@ -120,7 +120,7 @@ class BenchClient:
         self._subscribed: queue.Queue[None] = queue.Queue()
         self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.on_message = self._on_message
-        self._client.on_socket_open = _set_nodelay
+        self._client.on_socket_open = set_nodelay
         self._client.on_connect = lambda client, *_: client.subscribe(
             [(f"{_BASE}/status", 1), (f"{_BASE}/info", 1), (f"{_BASE}/reply/{USER}/default", 1)]
         )
@@ -191,5 +191,6 @@ class BenchClient:
         self._events.put(Event(at, message.topic, json.loads(message.payload)))
 
 
-def _set_nodelay(_client: Client, _userdata: object, connection: Any) -> None:
+def set_nodelay(_client: Client, _userdata: object, connection: Any) -> None:
+    """For paho's ``on_socket_open``: small packets leave at once."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
