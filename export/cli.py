@@ -14,7 +14,15 @@ from edge_llm.errors import EdgeLlmError
 from export.alias import ALIASES
 from export.distill.command import add_distill_parser, run_distill
 from export.errors import ExportError
-from export.graph.weights import CPU_FP32, DEFAULT_BLOCK_SIZE, cpu_int8, cuda, tensorrt, tensorrt_primitive
+from export.graph.weights import (
+    CPU_FP32,
+    DEFAULT_BLOCK_SIZE,
+    cpu_int8,
+    cuda,
+    tensorrt,
+    tensorrt_int8,
+    tensorrt_primitive,
+)
 from export.kit import add_kit_parser, run_kit
 from export.packs.command import add_pack_parser, run_pack
 from export.pipeline import ExportOptions, export_bundle
@@ -23,6 +31,7 @@ from export.signing import add_signing_parsers, run_keygen, run_sign
 from export.verify import (
     DEFAULT_MAX_CUDA_PERPLEXITY_RATIO,
     DEFAULT_MAX_PERPLEXITY_RATIO,
+    DEFAULT_MAX_TENSORRT_INT8_PERPLEXITY_RATIO,
     DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO,
     DEFAULT_TEXT,
 )
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
     from edge_llm.bundle.manifest import Manifest
     from export.graph.weights import WeightFormat
 
-_TARGETS: Final = ("cpu-int8", "cpu-fp32", "cuda", "tensorrt", "tensorrt-primitive")
+_TARGETS: Final = ("cpu-int8", "cpu-fp32", "cuda", "tensorrt", "tensorrt-int8", "tensorrt-primitive")
 _SIGNING: Final = {"keygen": run_keygen, "sign": run_sign}
 _GENERATION: Final = ("max_tokens", "temperature", "repetition_penalty")
 
@@ -116,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help=f"the same for the tensorrt graphs (default {DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO})",
     )
+    bundle.add_argument(
+        "--max-tensorrt-int8-perplexity-ratio",
+        type=_ratio,
+        default=DEFAULT_MAX_TENSORRT_INT8_PERPLEXITY_RATIO,
+        metavar="R",
+        help=f"the same for tensorrt-int8, which keeps products in float16 that would lose too much (default "
+        f"{DEFAULT_MAX_TENSORRT_INT8_PERPLEXITY_RATIO})",
+    )
     bundle.add_argument("--verify", choices=("hf",), help="hf: compare with transformers too (needs torch)")
     bundle.add_argument(
         "--ship-prefix",
@@ -163,6 +180,7 @@ def _export_options(options: argparse.Namespace) -> ExportOptions:
         "cpu-fp32": CPU_FP32,
         "cuda": cuda(options.block or DEFAULT_BLOCK_SIZE),
         "tensorrt": tensorrt(),
+        "tensorrt-int8": tensorrt_int8(),
         "tensorrt-primitive": tensorrt_primitive(),
     }
     names = dict.fromkeys(options.target or ["cpu-int8"])
@@ -173,6 +191,7 @@ def _export_options(options: argparse.Namespace) -> ExportOptions:
         max_perplexity_ratio=options.max_perplexity_ratio,
         max_cuda_perplexity_ratio=options.max_cuda_perplexity_ratio,
         max_tensorrt_perplexity_ratio=options.max_tensorrt_perplexity_ratio,
+        max_tensorrt_int8_perplexity_ratio=options.max_tensorrt_int8_perplexity_ratio,
         context=options.context,
         verify_hf=options.verify == "hf",
         ship_prefix=options.ship_prefix,

@@ -26,14 +26,17 @@ from export.calibrate import CALIBRATION_TEXT, measure_magnitudes
 from export.checkpoints import load_checkpoint
 from export.console import say
 from export.errors import ExportError
+from export.graph.check_qdq import unquantized
 from export.graph.weights import CPU_FP32
 from export.graphs import build_graph, describe_graph, estimated_bytes
 from export.package import check_destination, check_space, list_files, publish, staging
+from export.quantize_qdq import quantize_products
 from export.shipped_prefix import add_prefix_files
 from export.smoothing import SmoothedTensors
 from export.template import make_prompt_template
 from export.verify import (
     DEFAULT_MAX_CUDA_PERPLEXITY_RATIO,
+    DEFAULT_MAX_TENSORRT_INT8_PERPLEXITY_RATIO,
     DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO,
     check_limit,
     compare,
@@ -95,6 +98,7 @@ class ExportOptions:
         max_perplexity_ratio: a quantised graph above it fails the export.
         max_cuda_perplexity_ratio: the same for the ``cuda`` graph.
         max_tensorrt_perplexity_ratio: the same for ``tensorrt`` and ``tensorrt-primitive``.
+        max_tensorrt_int8_perplexity_ratio: the same for ``tensorrt-int8``.
         verify_hf: whether to compare with transformers as well.
         ship_prefix: whether the bundle brings the KV of the head that all its prompts share.
         name: of the bundle; None is the checkpoint's.
@@ -111,6 +115,7 @@ class ExportOptions:
     max_perplexity_ratio: float
     max_cuda_perplexity_ratio: float = DEFAULT_MAX_CUDA_PERPLEXITY_RATIO
     max_tensorrt_perplexity_ratio: float = DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO
+    max_tensorrt_int8_perplexity_ratio: float = DEFAULT_MAX_TENSORRT_INT8_PERPLEXITY_RATIO
     context: int | None = None
     verify_hf: bool = False
     ship_prefix: bool = False
@@ -123,6 +128,8 @@ class ExportOptions:
 
     def perplexity_limit(self, weights: WeightFormat) -> float:
         """The limit of one target."""
+        if weights.is_qdq:
+            return self.max_tensorrt_int8_perplexity_ratio
         if weights.is_static:
             return self.max_tensorrt_perplexity_ratio
         return self.max_cuda_perplexity_ratio if weights.target == "cuda" else self.max_perplexity_ratio
@@ -157,7 +164,7 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
             f"a stop token of {list(prompt.stop_token_ids)} is outside the vocabulary of {dims.vocab_size}"
         )
     with staging(options.out.absolute()) as folder:
-        graphs = _build(checkpoint, options.targets, dims, texts.calibrate, folder)
+        graphs = _build(checkpoint, options, dims, texts.calibrate, folder)
         quality, report = _verify(checkpoint, options, dims, graphs, texts)
         served = options.targets[0]
         expectation = _self_test(graphs[served], served, dims, checkpoint, prompt)
@@ -237,25 +244,28 @@ def _context(checkpoint: Checkpoint, asked: int | None) -> int:
 
 def _build(
     checkpoint: Checkpoint,
-    targets: Sequence[WeightFormat],
+    options: ExportOptions,
     dims: ModelDims,
     calibrate: Sequence[Sequence[int]],
     folder: Path,
 ) -> dict[WeightFormat, Path]:
     """Every target's graph, and always the float32 one, by which the others are calibrated and judged."""
-    built = list(dict.fromkeys([CPU_FP32, *targets]))
+    built = list(dict.fromkeys([CPU_FP32, *options.targets]))
     needed = sum(estimated_bytes(checkpoint, weights, dims) for weights in built)
     check_space(folder, needed + _SPARE_BYTES)
     reference = build_graph(checkpoint, CPU_FP32, dims, _graph_folder(folder, CPU_FP32))
     graphs = {CPU_FP32: reference}
     smoothed = checkpoint
-    if any(weights.is_quantized for weights in built):
+    if any(weights.bits < 16 for weights in built):
         groups = checkpoint.architecture.smoothing_groups()
         magnitudes = measure_magnitudes(reference, dims, [group.activation for group in groups], calibrate)
         smoothed = replace(checkpoint, tensors=SmoothedTensors(checkpoint.tensors, groups, magnitudes))
     for weights in built[1:]:
-        source = smoothed if weights.is_quantized else checkpoint
+        source = smoothed if weights.bits < 16 else checkpoint
         graphs[weights] = build_graph(source, weights, dims, _graph_folder(folder, weights))
+        if weights.is_qdq:
+            judge = open_runner(reference, dims, CPU_FP32)
+            quantize_products(graphs[weights], dims, weights, calibrate, judge, options.perplexity_limit(weights))
     return graphs
 
 
@@ -300,6 +310,9 @@ def _verify(
             measured = static_paths(graphs[weights]).prefill if weights.is_static else graphs[weights]
             details |= check_activations(measured, dims, weights.target, texts.verify)
             details["greedy"] = _greedy_beside(weights, graphs, dims, texts.verify)
+        if weights.is_qdq:
+            model = onnx.load(str(graphs[weights]), load_external_data=False)
+            details["unquantized"] = unquantized(model)
         if weights.is_static:
             details["hardware"] = UNTESTED_NOTE
         report["graphs"].append(msgspec.to_builtins(quality) | details)
@@ -319,10 +332,12 @@ def _greedy_beside(
     windows: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """Greedy tokens beside those of the graph with the same integers, or the float32 one if the bundle has none."""
-    same = [other for other in graphs if other.target == "cpu-int8" and other.bits == weights.bits]
+    same = [
+        other for other in graphs if other.target == "cpu-int8" and other.bits == weights.bits and not weights.is_qdq
+    ]
     other = same[0] if same else CPU_FP32
     own, reference = (open_runner(graphs[one], dims, one) for one in (weights, other))
-    agreement = compare_greedy(own, reference, weights.target, windows)
+    agreement = compare_greedy(own, reference, weights.target, windows, strict=not weights.is_qdq)
     return {"compared_with": other.target} | agreement._asdict()
 
 

@@ -31,9 +31,12 @@ DEFAULT_MAX_PERPLEXITY_RATIO: Final = 1.01
 DEFAULT_MAX_CUDA_PERPLEXITY_RATIO: Final = 1.005
 # Nothing but the rounding to float16.
 DEFAULT_MAX_TENSORRT_PERPLEXITY_RATIO: Final = 1.002
+# Activations in int8 as well, with one scale for all channels.
+DEFAULT_MAX_TENSORRT_INT8_PERPLEXITY_RATIO: Final = 1.02
 _LIMIT_FLAGS: Final = {
     "cuda": "--max-cuda-perplexity-ratio",
     "tensorrt": "--max-tensorrt-perplexity-ratio",
+    "tensorrt-int8": "--max-tensorrt-int8-perplexity-ratio",
     "tensorrt-primitive": "--max-tensorrt-perplexity-ratio",
 }
 # A longer text tells no more and takes minutes.

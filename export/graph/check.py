@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from onnx import AttributeProto, TensorProto
+from onnx import AttributeProto, TensorProto, numpy_helper
 
 from edge_llm.bundle import graph_io
 from export.errors import ExportError
+from export.graph.check_qdq import QDQ_RULES
 from export.graph.check_static import STATIC_OPERATORS, STATIC_RULES
 from export.graph.rules import (
     Fault,
@@ -72,6 +73,9 @@ _OPERATORS: Final[dict[str, frozenset[tuple[str, str]]]] = {
     "cuda": frozenset(_CUDA_KERNELS),
     **STATIC_OPERATORS,
 }
+# Inputs that a CUDA kernel reads on the processor, by their place: OrtMemTypeCPUInput where onnxruntime
+# registers it. Stored numbers are kept there; what a node computes would be copied back in the middle of a step.
+_READ_ON_PROCESSOR: Final = {"GroupQueryAttention": (6,), "Slice": (1, 2, 3, 4), "Split": (1,)}
 _CONTROL_FLOW: Final = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _SHAPE_OPERATORS: Final = frozenset(
     {"Shape", "Size", "NonZero", "ConstantOfShape", "Range", "Expand", "Tile", "Reshape", "Unique", "Compress"}
@@ -103,7 +107,7 @@ def check_graph(model: onnx.ModelProto, weights: WeightFormat, dims: ModelDims) 
 
 def _rules(weights: WeightFormat) -> tuple[tuple[str, Rule], ...]:
     if weights.is_static:
-        return (*_NO_CONTROL_FLOW, *_COMMON_RULES, *STATIC_RULES)
+        return (*_NO_CONTROL_FLOW, *_COMMON_RULES, *(QDQ_RULES if weights.is_qdq else ()), *STATIC_RULES)
     own = (*_CUDA_RULES, *_COMMON_RULES) if weights.target == "cuda" else _COMMON_RULES
     return (*own, *_GQA_RULES)
 
@@ -129,6 +133,32 @@ def _cuda_kernels(subject: Subject) -> Iterator[Fault]:
             yield Fault(node.name, f"is {spelled(node)}-{version}")
         elif node.op_type == "ArgMax" and integer_attribute(node, "select_last_index", 0):
             yield Fault(node.name, "is ArgMax with select_last_index")
+
+
+def _processor_inputs(subject: Subject) -> Iterator[Fault]:
+    stays = {*subject.initializers, graph_io.TOTAL_SEQUENCE_LENGTH, ""}
+    for node in subject.nodes:
+        places = _READ_ON_PROCESSOR.get(node.op_type, ())
+        for place, name in enumerate(node.input):
+            if place in places and name not in stays:
+                yield Fault(node.name, f"reads {name!r} on the processor")
+            elif place not in places and name == graph_io.TOTAL_SEQUENCE_LENGTH:
+                yield Fault(node.name, f"reads {name!r} on the device")
+
+
+def _equal_parts(subject: Subject) -> Iterator[Fault]:
+    for node in subject.nodes:
+        stored = subject.initializers.get(input_name(node, 1)) if node.op_type == "Split" else None
+        if stored is not None and len(set(numpy_helper.to_array(stored).tolist())) > 1:
+            yield Fault(node.name, f"splits into {numpy_helper.to_array(stored).tolist()}")
+
+
+def _open_dimensions(subject: Subject) -> Iterator[Fault]:
+    given = {dim for value in subject.model.graph.input for dim in sizes(value)}
+    for value in (*subject.model.graph.input, *subject.model.graph.output):
+        for dim in sizes(value):
+            if dim == "?" or (isinstance(dim, str) and dim not in given):
+                yield Fault(value.name, f"has the shape {sizes(value)}")
 
 
 def _no_bias_input(subject: Subject) -> Iterator[Fault]:
@@ -232,6 +262,12 @@ _CUDA_RULES: Final[tuple[tuple[str, Rule], ...]] = (
     ("a CUDA graph cannot capture control flow", _control_flow),
     ("no shape may be computed, it would be on the processor", _shape_operators),
     ("every node needs a CUDA kernel of just its version", _cuda_kernels),
+    (
+        "only total_sequence_length and stored numbers are on the processor, a copy cannot be captured",
+        _processor_inputs,
+    ),
+    ("CUDA's Split copies unequal sizes up in each run, from memory that a replay no longer has", _equal_parts),
+    ("the inputs' shapes give every other, a captured step has one shape", _open_dimensions),
     ("CUDA's MatMulNBits refuses a bias, an Add does it", _no_bias_input),
 )
 _COMMON_RULES: Final[tuple[tuple[str, Rule], ...]] = (

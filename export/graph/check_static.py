@@ -17,12 +17,14 @@ _SHARED_OPERATORS: Final = frozenset(
     {"Add", "ArgMax", "Cast", "Concat", "Gather", "Gemm", "LayerNormalization", "LessOrEqual", "MatMul", "Mul"}
     | {"Relu", "Reshape", "Sigmoid", "Slice", "Split", "Sub", "Transpose"}
 )
+_SCATTER_OPERATORS: Final = _SHARED_OPERATORS | {"Attention", "Gelu", "RMSNormalization", "TensorScatter"}
 # From docs/operators.md of onnx-tensorrt: that of 10.15 for ``tensorrt``. For ``tensorrt-primitive`` that of 8.5, whose
 # operators 10.3 has all, and LayerNormalization, which the release notes of 8.6 ask for in its stead of its parts.
 STATIC_OPERATORS: Final[dict[str, frozenset[tuple[str, str]]]] = {
     target: frozenset(("", name) for name in names)
     for target, names in (
-        ("tensorrt", _SHARED_OPERATORS | {"Attention", "Gelu", "RMSNormalization", "TensorScatter"}),
+        ("tensorrt", _SCATTER_OPERATORS),
+        ("tensorrt-int8", _SCATTER_OPERATORS | {"DequantizeLinear", "QuantizeLinear"}),
         ("tensorrt-primitive", _SHARED_OPERATORS | {"Div", "Erf", "ReduceMean", "Softmax", "Sqrt", "Where"}),
     )
 }

@@ -104,10 +104,11 @@ class WeightFormat:
     """How a target stores weights and in what it computes.
 
     Attributes:
-        target: the graph's name in the bundle, ``cpu-int8``, ``cpu-fp32``, ``cuda``, ``tensorrt`` or
-            ``tensorrt-primitive``.
+        target: the graph's name in the bundle, ``cpu-int8``, ``cpu-fp32``, ``cuda``, ``tensorrt``, ``tensorrt-int8``
+            or ``tensorrt-primitive``.
         bits: of the matrices: 8, 4, or 16 and 32 for floating point.
-        block_size: weights of a layer that share a scale, where the matrix allows it (0 for floating point).
+        block_size: weights of a layer that share a scale, where the matrix allows it (0 for floating point, and for
+            int8 with a scale for each output).
         head_block_size: the same of the embedding and the head.
         float_type: of activations, cache, scales and everything that is no matrix.
         kernels: of the provider that the target is for.
@@ -123,7 +124,12 @@ class WeightFormat:
     @property
     def is_quantized(self) -> bool:
         """Whether matrices are stored in blocks of integers."""
-        return self.bits < 16
+        return self.block_size > 0
+
+    @property
+    def is_qdq(self) -> bool:
+        """Whether products are in int8, activations as well, between nodes that quantise and dequantise."""
+        return self.bits < 16 and not self.is_quantized
 
     @property
     def is_static(self) -> bool:
@@ -155,6 +161,11 @@ def cuda(block_size: int = DEFAULT_BLOCK_SIZE) -> WeightFormat:
 def tensorrt(float_type: Literal["float32", "float16"] = "float16") -> WeightFormat:
     """The ``tensorrt`` target, for TensorRT 10.15 and later; in float32 it is compared with ``cpu-fp32``."""
     return WeightFormat("tensorrt", _float_bits(float_type), 0, 0, float_type, TENSORRT_KERNELS)
+
+
+def tensorrt_int8() -> WeightFormat:
+    """The ``tensorrt-int8`` target: ``tensorrt`` with the blocks' products in int8 (export/quantize_qdq.py)."""
+    return WeightFormat("tensorrt-int8", 8, 0, 0, "float16", TENSORRT_KERNELS)
 
 
 def tensorrt_primitive(float_type: Literal["float32", "float16"] = "float16") -> WeightFormat:
@@ -197,6 +208,10 @@ def linear(graph: GraphBuilder, x: str, weight: Float32Array, bias: Float32Array
         graph.node("MatMul", [x, graph.initializer(f"{name}.weight", weight.T)], [product])
     if bias is None or fused:
         return product
+    if graph.weights.is_qdq:
+        # onnxruntime makes a Gemm of MatMul and Add with a bias of one dimension, and moves the quantisation across the
+        # Reshape that this takes, to nodes that it then refuses (onnxruntime issue 25526; seen with 1.31.1).
+        bias = bias[None, None]
     return graph.node("Add", [product, graph.initializer(f"{name}.bias", bias)], [name])
 
 

@@ -75,6 +75,33 @@ def last_maximum(model: onnx.ModelProto) -> None:
     node(model, "next_token_ids").attribute.append(helper.make_attribute("select_last_index", 1))
 
 
+def computed_total(model: onnx.ModelProto) -> None:
+    node(model, "layer.0.attention").input[6] = "seqlens_k"
+
+
+def total_on_device(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Add", ["seqlens_k", "total_sequence_length"], ["o"], name="sum"))
+
+
+def computed_slice(model: onnx.ModelProto) -> None:
+    cut = next(node for node in model.graph.node if node.op_type == "Slice")
+    cut.name = "cut"
+    cut.input[2] = "logit_indices"
+
+
+def unequal_split(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([60, 4]), "sizes"))
+    model.graph.node.append(helper.make_node("Split", ["embed_tokens", "sizes"], ["o", "p"], name="cut", axis=-1))
+
+
+def undeclared_rows(model: onnx.ModelProto) -> None:
+    value(model, "next_token_ids").type.tensor_type.shape.dim[1].Clear()
+
+
+def rows_from_nowhere(model: onnx.ModelProto) -> None:
+    value(model, "next_token_ids").type.tensor_type.shape.dim[1].dim_param = "found"
+
+
 def fused_bias(model: onnx.ModelProto) -> None:
     node(model, LINEAR).input.extend(["", "", "norm.weight"])
 
@@ -158,6 +185,12 @@ CUDA_MUTATIONS: list[tuple[Mutation, str, str]] = [
     (add_sin, "wave", "is Sin-7, but every node needs a CUDA kernel"),
     (newer_opset, "logits", "is Cast-21, but every node needs a CUDA kernel of just its version"),
     (last_maximum, "next_token_ids", "select_last_index"),
+    (computed_total, "layer.0.attention", "reads 'seqlens_k' on the processor"),
+    (total_on_device, "sum", "reads 'total_sequence_length' on the device"),
+    (computed_slice, "cut", "reads 'logit_indices' on the processor"),
+    (unequal_split, "cut", "splits into [60, 4], but CUDA's Split copies"),
+    (undeclared_rows, "next_token_ids", "['batch', '?'], but the inputs' shapes give every other"),
+    (rows_from_nowhere, "next_token_ids", "['batch', 'found']"),
     (fused_bias, LINEAR, "refuses a bias"),
     (zero_points, LINEAR, "symmetric"),
     (group_index, LINEAR, "symmetric"),
