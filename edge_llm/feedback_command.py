@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,6 +21,13 @@ _HEAD = """# {count} utterances to look through, for `python -m export distill -
 # A line that begins with "#" is not used. Write what it means after " | ", or move it under [[same_as]] with the name
 # of the reply that it should get, and take the "#" away.
 """
+
+
+class _Call(msgspec.Struct, frozen=True):
+    """What is written of an action."""
+
+    name: str
+    slots: dict[str, int | float | str]
 
 
 def export_feedback(config: Config, user: str | None) -> str:
@@ -72,10 +79,13 @@ def _why(entry: FeedbackEntry) -> str:
 
 
 def _calls(entry: FeedbackEntry) -> str:
-    """The actions in the form that packs write them."""
-    calls: list[dict[str, Any]] = msgspec.json.decode(entry.actions)
+    """The actions in the form that packs write them; none if the entry was damaged on the disk."""
+    try:
+        calls = msgspec.json.decode(entry.actions, type=list[_Call])
+    except (msgspec.MsgspecError, UnicodeEncodeError):
+        return ""
     return "; ".join(
-        call["name"] + "".join(f" {name}={_quoted(value)}" for name, value in call["slots"].items()) for call in calls
+        call.name + "".join(f" {name}={_quoted(value)}" for name, value in call.slots.items()) for call in calls
     )
 
 

@@ -129,12 +129,15 @@ def _machine(options: InstallOptions, installation: Installation) -> tuple[Machi
     elif config_file is None:
         if "bundle" in flags:
             flags["bundle"] = os.path.abspath(flags["bundle"])
+        if keys := load_config(flags=flags).bundle_keys:
+            flags["bundle_keys"] = [os.path.abspath(key) for key in keys]
         flags = {**_FOLDERS, **flags}
     elif flags:
         raise ConfigError("give --config, or the settings one by one, but not both")
     config = _config(options, config_file, flags)
     folder = config.bundle or str(shipped_bundle())
     _check_visible("the bundle", folder)
+    _check_paths(config)
     in_image = installation.below_root(Path(folder)) if os.path.isabs(folder) else Path(folder)
     bundle = Bundle.open(in_image if in_image.exists() else folder, _keys(options, config))
     command = (*_command(options), "serve", "--config", str(CONFIG_FILE))
@@ -181,6 +184,25 @@ def _check_visible(what: str, path: str) -> None:
             raise ConfigError(
                 f"{what} is at {candidate}, which the service cannot see (ProtectHome=, PrivateTmp=): use /opt, say"
             )
+
+
+def _check_paths(config: Config) -> None:
+    """See that the service would find what the settings name: it runs in another folder, and sees no homes."""
+    tls = config.mqtt.tls
+    named = [("bundle_keys", key) for key in config.bundle_keys]
+    optional = {
+        "bundle": config.bundle,
+        "mqtt.password_file": config.mqtt.password_file,
+        "mqtt.tls.ca_file": tls.ca_file,
+        "mqtt.tls.cert_file": tls.cert_file,
+        "mqtt.tls.key_file": tls.key_file,
+    }
+    for setting, path in (*named, *optional.items()):
+        if path is None:
+            continue
+        if not os.path.isabs(path):
+            raise ConfigError(f"{setting} {path}: give the whole path")
+        _check_visible(setting, path)
 
 
 def config_text(settings: Mapping[str, Any]) -> str:

@@ -69,8 +69,10 @@ def uses_gpu(config: Config) -> bool:
 def drop_in_text(machine: Machine) -> str:
     """The drop-in of one machine."""
     config, manifest = machine.config, machine.bundle.manifest
+    # A comment must stay one, whoever named the bundle: what systemd reads here it runs as root.
+    served = "".join(c for c in f"{config.device} and the bundle {manifest.name} {manifest.version}" if c.isprintable())
     lines = [
-        f"# For {config.device} and the bundle {manifest.name} {manifest.version}. `edge-llm install` writes it anew;",
+        f"# For {served}. `edge-llm install` writes it anew;",
         "# put changes of your own into another drop-in: systemctl edit edge-llm",
         "[Service]",
         "ExecStart=",

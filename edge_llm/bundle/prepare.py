@@ -16,6 +16,7 @@ import logging
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from edge_llm.bundle.files import flush_to_disk
 from edge_llm.bundle.manifest import Bundle, Graph, sha256_file
 from edge_llm.device.cpu import cpu_features
 from edge_llm.device.session import make_session, session_options
-from edge_llm.errors import BundleError
+from edge_llm.errors import BundleError, ProviderError
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ BUILD_TIMEOUT_S: Final = 1800
 _MIN_EXTERNAL_BYTES: Final = 100
 # The copy holds the weights as they were and packed: 2.3 times the size of a GPT-2 in int8.
 _COPY_FACTOR: Final = 2.6
+_ENDED: Final = "{source} is not used: packing it with onnxruntime {version} was ended by {signal}"
+_KILLED_HINT: Final = (
+    ", as the kernel does when memory runs out. Free memory, raise the control group's limit, or use a smaller bundle"
+)
+_CRASHED_HINT: Final = ". Export it again, or try another onnxruntime"
 # linux/mman.h; the second is not in Python's mmap module, and kernels before 5.14 refuse it.
 _MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_READ: Final = 22
@@ -66,6 +72,8 @@ def prepared_graph(bundle: Bundle, target: str, cache_dir: Path) -> Path:
         cache_dir: where copies live; each has a folder of its own.
 
     Raises:
+        ProviderError: ONNX Runtime crashed or hung on this graph, or was killed, as it is when memory runs out. The
+            same would happen to whatever process loads it: it must not be loaded at all.
         BundleError: the bundle's files are wrong, or the copy cannot be built; the message says why.
     """
     folder = cache_dir / "prepared" / _key(bundle, target)
@@ -103,12 +111,7 @@ def _build(bundle: Bundle, target: str, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temporary:
             built = Path(temporary) / "copy"
             built.mkdir()
-            # A process of its own: its memory for packing is gone afterwards, and a crash in it is only an error here.
-            command = [sys.executable, "-m", "edge_llm.bundle.prepare", str(source.resolve()), str(built)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
-            if result.returncode != 0:
-                lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-                raise BundleError(f"the prepared copy of {source} could not be built: {lines[-1]}")
+            _run_build(source, built)
             hashes = {name: _sync(built / name) for name in (MODEL_FILE, DATA_FILE)}
             seal = built / SEAL_FILE
             seal.write_bytes(msgspec.json.encode(_Seal(bundle.manifest.name, target, hashes)))
@@ -119,8 +122,38 @@ def _build(bundle: Bundle, target: str, folder: Path) -> None:
                 if not _intact(folder):  # otherwise another process has just built the same
                     raise
             flush_to_disk(folder.parent)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise BundleError(f"the prepared copy cannot be written to {folder.parent}: {error}") from None
+
+
+def _run_build(source: Path, built: Path) -> None:
+    """Write the copy of ``source`` into ``built`` in a process of its own: its memory for packing is gone afterwards.
+
+    A crash in it is an error here. So that it stays one, the graph is then refused, not loaded as it is: that is the
+    same code on the same file, and needs nearly the memory that packing does (without a copy the weights are packed
+    at each load). It would end the daemon, with the bundle that it serves until now, or have it restarted for ever.
+    A build that says why it failed, as on a full disk, is another matter.
+    """
+    command = [sys.executable, "-m", "edge_llm.bundle.prepare", str(source.resolve()), str(built)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ProviderError(f"{source} is not used: packing it did not end within {BUILD_TIMEOUT_S} s") from None
+    if result.returncode < 0:
+        ended = _ENDED.format(source=source, version=ort.__version__, signal=_signal_name(-result.returncode))
+        raise ProviderError(ended + (_KILLED_HINT if result.returncode == -signal.SIGKILL else _CRASHED_HINT))
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise BundleError(f"the prepared copy of {source} could not be built: {lines[-1]}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _check_space(folder: Path, bundle: Bundle, graph: Graph) -> None:
@@ -196,4 +229,7 @@ def _write_copy(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Should memory run out, the kernel is to end this process, not the daemon that may be serving meanwhile (proc(5)).
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     _write_copy(Path(sys.argv[1]), Path(sys.argv[2]))

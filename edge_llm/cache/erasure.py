@@ -1,17 +1,20 @@
 """How ``edge-llm forget`` reaches what running daemons hold in memory: a line in a file that they look at.
 
 The file is under the state folder, and written whether or not anything else is kept there. A line names a user by a
-salted hash, since the name is to be forgotten, too.
+salted hash, since the name is to be forgotten, too. Who deletes the folder itself wants everybody to be forgotten.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from edge_llm.cache.state_file import FileIdentity, file_identity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,20 +71,32 @@ def announce_erasure(folder: Path, user: str | None) -> None:
         os.close(descriptor)
 
 
+class _Held(NamedTuple):
+    """A folder that is kept open, so that no other one gets its number."""
+
+    descriptor: int
+    identity: FileIdentity
+
+
 class ErasureNotices:
     """Reads what was announced since it was made. Not thread-safe.
 
     Args:
-        folder: the state folder.
+        folder: the state folder. It is made again where it is missing: without it nothing could be announced.
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._path = folder / ERASURE_FILE
+        self._held = _hold(folder)
         self._signature = self._stat()
         self._seen = len(self._read())
 
     def poll(self) -> list[Erasure]:
         """What has been announced since the last call; in doubt, everybody."""
+        if self._is_another_folder():
+            self._signature, self._seen = self._stat(), len(self._read())
+            return [EVERYBODY]
         signature = self._stat()
         if signature == self._signature:
             return []
@@ -89,6 +104,19 @@ class ErasureNotices:
         start = self._seen if len(raw) >= self._seen else 0
         self._signature, self._seen = signature, len(raw)
         return [_parse(line) for line in raw[start:].splitlines()]
+
+    def _is_another_folder(self) -> bool:
+        """Whether the folder of the last call is gone: what was announced in it since then is lost, too."""
+        before = self._held
+        if before is not None and file_identity(self._folder) == before.identity:
+            return False
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._held = _hold(self._folder)
+        if before is None:
+            return False
+        os.close(before.descriptor)
+        return True
 
     def _stat(self) -> tuple[int, int, int] | None:
         try:
@@ -106,6 +134,16 @@ class ErasureNotices:
         except OSError as error:
             _log.warning("what is to be forgotten cannot be read: %s", error)
             return b""
+
+
+def _hold(folder: Path) -> _Held | None:
+    """None if it is not there."""
+    try:
+        descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    status = os.fstat(descriptor)
+    return _Held(descriptor, (status.st_dev, status.st_ino))
 
 
 def _digest(user: str, salt: bytes) -> bytes:

@@ -6,10 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+import msgspec
+
 if TYPE_CHECKING:
     import sqlite3
 
-    from edge_llm.cache.state_db import StateDb
+    from edge_llm.cache.state_db import Row, StateDb
 
 Reason = Literal["refused", "failed", "rated"]
 _MAX_CHARS: Final = 2000
@@ -73,9 +75,9 @@ class FeedbackLog:
 def stored_feedback(db: StateDb, user: str | None = None) -> list[FeedbackEntry]:
     """What the file holds, the oldest first."""
     where, parameters = ("", ()) if user is None else (" WHERE user = ?", (user,))
-    columns = "user, reason, text, kind, actions, answer, rating, correction, at"
+    columns = ", ".join(FeedbackEntry.__dataclass_fields__)
     rows = db.read(f"SELECT {columns} FROM feedback{where} ORDER BY id", parameters)  # noqa: S608
-    return [FeedbackEntry(*row) for row in rows or ()]
+    return [entry for row in rows or () if (entry := _entry(row)) is not None]
 
 
 def feedback_count(db: StateDb) -> int:
@@ -91,3 +93,12 @@ def clear_feedback(db: StateDb, user: str | None = None) -> int | None:
         How many went, or None if the file could not be written.
     """
     return db.erase_rows("feedback", user)
+
+
+def _entry(row: Row) -> FeedbackEntry | None:
+    """None if a value was damaged: the file has no checksums."""
+    names = FeedbackEntry.__dataclass_fields__
+    try:
+        return msgspec.convert(dict(zip(names, row, strict=True)), FeedbackEntry)
+    except msgspec.ValidationError:
+        return None

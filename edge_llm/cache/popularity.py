@@ -163,7 +163,9 @@ class Popularity:
 
     def users(self) -> list[str]:
         """Everybody who has queries here, the most recently active first."""
-        rows = self._db.read("SELECT user, max(at) FROM popular GROUP BY user") or []
+        # Damaged values have other types.
+        sound = "typeof(user) = 'text' AND typeof(at) = 'real'"
+        rows = self._db.read(f"SELECT user, max(at) FROM popular WHERE {sound} GROUP BY user") or []  # noqa: S608
         active: dict[str, float] = dict(rows)
         with self._lock:
             self._forget_erased()

@@ -214,12 +214,13 @@ class ResponseCache:
 
     def _trim(self, connection: sqlite3.Connection) -> None:
         """Least recently used rows go until both bounds hold."""
-        select = "SELECT count(*), coalesce(sum(nbytes), 0) FROM responses"
+        # As floating point: a size that was damaged must neither overflow nor be no number.
+        select = "SELECT count(*), total(nbytes) FROM responses"
         entries, nbytes = connection.execute(select).fetchone()
         while entries > self._max_entries or nbytes > self._max_bytes:
             # By use, as the index is: one row is read at a time.
             rowid, freed = connection.execute(
-                "SELECT rowid, nbytes FROM responses ORDER BY last_used LIMIT 1"
+                "SELECT rowid, CAST(nbytes AS REAL) FROM responses ORDER BY last_used LIMIT 1"
             ).fetchone()
             connection.execute("DELETE FROM responses WHERE rowid = ?", (rowid,))
             entries, nbytes = entries - 1, nbytes - freed

@@ -1,8 +1,8 @@
 """One SQLite file for what outlives a process: answers, popular queries, findings about prompts, feedback.
 
-Nothing in it is needed: a damaged file is made anew, and without a usable file the daemon goes on in memory. Reads run
-on the caller's thread. Writes are queued to one thread of their own, since no answer may wait for a disk. Several
-processes may have the file open at once: daemons, and ``edge-llm cache clear``.
+Nothing in it is needed: a damaged or deleted file is made anew, and while no file can be used the daemon goes on in
+memory. Reads run on the caller's thread. Writes are queued to one thread of their own, since no answer may wait for a
+disk. Several processes may have the file open at once: daemons, and ``edge-llm cache clear``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from edge_llm.cache.state_file import Connections, is_damage, open_file, open_memory
+from edge_llm.cache.state_file import Connections, file_identity, is_damage, open_file, open_memory
 from edge_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ MAX_QUEUED: Final = 1024
 _MAX_BATCH: Final = 256
 # Writes that come close together share a transaction: flash memory wears with each.
 _LINGER_S: Final = 0.2
+# While nothing is written, how often the path is looked at: SQLite goes on with a file that has been deleted.
+_LOOK_INTERVAL_S: Final = 1.0
+# How often a file that cannot be used is tried again.
+_RETRY_INTERVAL_S: Final = 5.0
 _LOG_INTERVAL_S: Final = 60.0
 _CLOSE_TIMEOUT_S: Final = 5.0
 _ERASE_TIMEOUT_S: Final = 10.0
@@ -67,9 +71,7 @@ class StateDb:
     def __init__(self, path: Path | None, connections: Connections) -> None:
         self._path = path
         self._connections = connections
-        self._read_lock = threading.Lock()
-        # In memory the one connection serves both sides, in turns.
-        self._write_lock = self._read_lock if path is None else threading.Lock()
+        self._lock = threading.Lock()  # of the reader, and of which connections are used
         self._changed = threading.Condition()
         self._queue: deque[_Write] = deque()
         self._queued = 0
@@ -78,7 +80,10 @@ class StateDb:
         self._closing = False
         self._closed = False
         self._damaged = False
+        self._failing = False
         self._last_logged: float | None = None
+        # Where there is a path and no file, that has been logged.
+        self._retry_at = time.monotonic() + _RETRY_INTERVAL_S
         self._generation = self.generation()  # last seen
         self.dropped = 0
         self.failed = 0
@@ -89,17 +94,14 @@ class StateDb:
     def open(cls, path: Path) -> StateDb:
         """Open the file, or make it with its folder (mode 0600).
 
-        A damaged file, or one of another version, is emptied. Where no file can be used at all the database is in
-        memory, and ends with the process. Both are logged; nothing is raised.
+        A damaged file, or one of another version, is emptied. While no file can be used at all the database is in
+        memory, and begins anew with the file. Both are logged; nothing is raised.
         """
         try:
             return cls(path, open_file(path))
         except (OSError, sqlite3.Error) as error:
-            _log.warning(
-                "the state file cannot be used: answers and popular queries are kept in memory only",
-                extra={"path": str(path), "reason": str(error)},
-            )
-            return cls.volatile()
+            _warn_unusable(path, error)
+            return cls(path, open_memory())
 
     @classmethod
     def volatile(cls) -> StateDb:
@@ -108,12 +110,12 @@ class StateDb:
 
     @property
     def in_memory(self) -> bool:
-        """Whether there is no file behind it."""
-        return self._path is None
+        """Whether there is no file behind it now."""
+        return self._connections.file is None
 
     def read(self, sql: str, parameters: tuple[object, ...] = ()) -> list[Row] | None:
         """All rows of a query; None if it failed, which is to be treated like a miss."""
-        with self._read_lock:
+        with self._lock:
             if self._closed:
                 return None
             try:
@@ -193,7 +195,7 @@ class StateDb:
         self._thread.join(_CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             return  # a disk that hangs; the process is about to end anyway
-        with self._read_lock:
+        with self._lock:
             if not self._closed:
                 self._closed = True
                 self._connections.close()
@@ -211,15 +213,20 @@ class StateDb:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
                 self._changed.wait_for(
-                    lambda: self._flushing or self._closing or len(self._queue) >= _MAX_BATCH, _LINGER_S
+                    lambda: self._queue or self._closing, None if self._path is None else _LOOK_INTERVAL_S
                 )
+                if self._queue:
+                    self._changed.wait_for(
+                        lambda: self._flushing or self._closing or len(self._queue) >= _MAX_BATCH, _LINGER_S
+                    )
+                elif self._closing:
+                    return
                 batch = [self._queue.popleft() for _ in range(min(len(self._queue), _MAX_BATCH))]
+            if self._path is not None:
+                self._look_after(self._path)
             if not batch:
-                return
-            if self._damaged:
-                self._reopen()
+                continue
             self._write_batch(batch)
             for write in batch:
                 if write.done is not None:
@@ -231,7 +238,8 @@ class StateDb:
     def _write_batch(self, batch: list[_Write]) -> None:
         connection = self._connections.writer
         try:
-            with self._write_lock:
+            # In memory the one connection serves both sides, in turns.
+            with self._lock if self.in_memory else contextlib.nullcontext():
                 try:
                     self._transact(connection, batch)
                 except BaseException:
@@ -243,6 +251,7 @@ class StateDb:
             self.failed += len(batch)
             self._note_failure("write to", error)
             return
+        self._failing = False
         if any(write.erases for write in batch):
             # The log of changes still holds the words that were erased; if a reader is in the way, a later one does it.
             with contextlib.suppress(sqlite3.Error):
@@ -263,31 +272,57 @@ class StateDb:
         for write in batch:
             write.written = True
 
-    def _reopen(self) -> None:
-        """Damage was met while running: open anew, which repairs it or goes on in memory. Writer's thread only."""
-        self._damaged = False
-        if self._path is None:
+    def _look_after(self, path: Path) -> None:
+        """See that the open file is sound and still lies at ``path``; if not, open or make one, if need be later.
+
+        Until then it goes on in memory. Writer's thread only.
+        """
+        was_in_memory = self.in_memory
+        is_there = not was_in_memory and file_identity(path) == self._connections.file
+        if (is_there and not self._damaged) or (was_in_memory and time.monotonic() < self._retry_at):
             return
-        with self._read_lock:
-            self._connections.close()
-            try:
-                self._connections = open_file(self._path)
-            except (OSError, sqlite3.Error) as error:
-                _log.warning(
-                    "the state file cannot be used any more: kept in memory only",
-                    extra={"path": str(self._path), "reason": str(error)},
-                )
-                self._path = None
-                self._connections = open_memory()
-                self._write_lock = self._read_lock
-            self._generation = _generation_of(self._connections.writer)
+        if not was_in_memory:
+            # First of all: what somebody has deleted must not be found any more.
+            self._use(open_memory())
+        self._damaged = False
+        try:
+            # Without the lock: readers must not wait for a disk.
+            self._use(open_file(path))
+        except (OSError, sqlite3.Error) as error:
+            self._retry_at = time.monotonic() + _RETRY_INTERVAL_S
+            if not was_in_memory:
+                _warn_unusable(path, error)
+            return
+        if was_in_memory:
+            _log.info("the state file is used again", extra={"path": str(path)})
+        elif not is_there:
+            _log.warning("the state file was deleted or replaced, and is opened anew", extra={"path": str(path)})
+
+    def _use(self, connections: Connections) -> None:
+        """Go on with these. The generation is another one, so mirrors are forgotten, and writes queued so far."""
+        generation = _generation_of(connections.writer)
+        with self._lock:
+            before, self._connections = self._connections, connections
+            self._generation = generation
+        # SQLite notices when a file has moved away, and leaves the log of the new one in its place alone.
+        before.close()
 
     def _note_failure(self, what: str, error: Exception) -> None:
         self._damaged = self._damaged or is_damage(error)
         now = time.monotonic()
-        if self._last_logged is None or now - self._last_logged >= _LOG_INTERVAL_S:
-            self._last_logged = now
-            _log.warning("could not %s the state file", what, extra={"path": str(self._path), "reason": str(error)})
+        # A disk stays full for long, and one line says so; one that comes and goes is news once a minute.
+        if self._failing or (self._last_logged is not None and now - self._last_logged < _LOG_INTERVAL_S):
+            return
+        self._failing = True
+        self._last_logged = now
+        _log.warning("could not %s the state file", what, extra={"path": str(self._path), "reason": str(error)})
+
+
+def _warn_unusable(path: Path, error: Exception) -> None:
+    _log.warning(
+        "the state file cannot be used: answers and popular queries are kept in memory only, until it can",
+        extra={"path": str(path), "reason": str(error)},
+    )
 
 
 @contextlib.contextmanager

@@ -48,12 +48,16 @@ CREATE TABLE IF NOT EXISTS feedback (
 """
 
 
+FileIdentity = tuple[int, int]
+
+
 @dataclass
 class Connections:
-    """One for reading and one for writing; in memory they are the same."""
+    """One for reading and one for writing; in memory they are the same, and there is no file."""
 
     reader: sqlite3.Connection
     writer: sqlite3.Connection
+    file: FileIdentity | None = None
 
     def close(self) -> None:
         """Close both; what goes wrong then concerns nobody."""
@@ -81,6 +85,19 @@ def open_file(path: Path) -> Connections:
             for damaged in state_files(path):
                 damaged.unlink(missing_ok=True)
             return _connect(path)
+
+
+def file_identity(path: Path) -> FileIdentity | None:
+    """Device and inode of what a path leads to now; None if that is nothing, or cannot be told."""
+    try:
+        return _identity(path)
+    except OSError:
+        return None
+
+
+def _identity(path: Path) -> FileIdentity:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def open_memory() -> Connections:
@@ -138,6 +155,8 @@ def _connect(path: Path) -> Connections:
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     path.chmod(0o600)
+    # Before it is opened: if another one takes its place in between, that shows at the next look.
+    identity = _identity(path)
     writer = sqlite3.connect(path, _OPEN_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     try:
         writer.execute("PRAGMA journal_mode = WAL").fetchall()
@@ -151,7 +170,7 @@ def _connect(path: Path) -> Connections:
     except BaseException:
         writer.close()
         raise
-    return Connections(reader, writer)
+    return Connections(reader, writer, identity)
 
 
 def _set_up(connection: sqlite3.Connection) -> None:

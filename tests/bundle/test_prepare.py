@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,13 @@ from edge_llm.bundle.manifest import Bundle
 from edge_llm.bundle.prepare import prepared_graph
 from edge_llm.engine.engine import Engine
 from edge_llm.engine.runner import Runner
-from edge_llm.errors import BundleError, BundleIntegrityError
+from edge_llm.errors import BundleError, BundleIntegrityError, ProviderError
 
+_SCORE = (
+    "import runpy, sys; sys.argv = ['prepare', *sys.argv[3:]]; "
+    "runpy.run_module('edge_llm.bundle.prepare', run_name='__main__'); "
+    "print(open('/proc/self/oom_score_adj').read())"
+)
 TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
 
 
@@ -128,3 +134,54 @@ def test_a_failing_build_says_why_and_leaves_nothing(bundle, tmp_path, monkeypat
     with pytest.raises(BundleError, match="could not be built"):
         prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
     assert list((tmp_path / "cache" / "prepared").iterdir()) == []
+
+
+@pytest.fixture
+def packs_with(tmp_path, monkeypatch):
+    """Makes the packing process run a script of shell in place of Python."""
+
+    def use(script: str) -> None:
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(prepare.sys, "executable", str(program))
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("SEGV", r"onnxruntime \S+ was ended by SIGSEGV\. Export it again, or try another"),
+        ("ABRT", r"was ended by SIGABRT\. Export it again"),
+        ("KILL", r"was ended by SIGKILL, as the kernel does when memory runs out\. Free memory"),
+        ("40", r"was ended by signal 40\. Export"),
+    ],
+)
+def test_a_graph_that_crashes_the_packing_process_is_refused(bundle, tmp_path, packs_with, name, hint):
+    packs_with(f"kill -{name} $$")
+    with pytest.raises(ProviderError, match=rf"cpu-int8/model\.onnx is not used: .*{hint}"):
+        prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "prepared").iterdir()) == []
+
+
+def test_a_graph_that_packing_does_not_end_with_is_refused(bundle, tmp_path, packs_with, monkeypatch):
+    packs_with("exec sleep 60")
+    monkeypatch.setattr(prepare, "BUILD_TIMEOUT_S", 0.2)
+    with pytest.raises(ProviderError, match=r"packing it did not end within 0\.2 s"):
+        prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "prepared").iterdir()) == []
+
+
+def test_a_build_that_says_why_it_failed_is_not_taken_for_a_crash(bundle, tmp_path, packs_with):
+    packs_with("printf 'Traceback\\nOSError: disk full \\377\\n' >&2; exit 1")
+    with pytest.raises(BundleError, match="could not be built: OSError: disk full \N{REPLACEMENT CHARACTER}") as raised:
+        prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert not isinstance(raised.value, ProviderError)
+
+
+def test_packing_is_what_the_kernel_ends_when_memory_runs_out(bundle, tmp_path, packs_with):
+    """Its own score for that is the highest there is, as the real process leaves it behind when it ends."""
+    packs_with(f'"{sys.executable}" -c "{_SCORE}" "$@" > "{tmp_path}/score"')
+    prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    assert (tmp_path / "score").read_text().strip() == "1000"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from edge_llm.cache.erasure import ERASURE_FILE, ErasureNotices, announce_erasure
+from edge_llm.cache.erasure import ERASURE_FILE, EVERYBODY, ErasureNotices, announce_erasure
 
 
 def test_a_notice_names_one_user_without_writing_the_name(tmp_path):
@@ -76,3 +78,44 @@ def test_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic"):
         announce_erasure(tmp_path, "ann")
     assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_folder_that_is_deleted_is_taken_for_everybody_and_made_again(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    announce_erasure(folder, "ann")
+    notices = ErasureNotices(folder)
+    shutil.rmtree(folder)
+    assert notices.poll() == [EVERYBODY]
+    assert notices.poll() == []
+    assert folder.is_dir()
+    # Somebody else makes it again at once; a file system likes to give the same number.
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert notices.poll() == [EVERYBODY]
+    # It can be told again whom to forget.
+    announce_erasure(folder, "bob")
+    (erasure,) = notices.poll()
+    assert [erasure.concerns(name) for name in ("ann", "bob")] == [False, True]
+
+
+def test_a_folder_that_cannot_be_made_again_is_waited_for(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    notices = ErasureNotices(folder)
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "missing")
+    assert notices.poll() == [EVERYBODY]
+    assert notices.poll() == []
+    folder.unlink()
+    assert notices.poll() == []
+    announce_erasure(folder, "ann")
+    (erasure,) = notices.poll()
+    assert erasure.concerns("ann")
+
+
+def test_a_folder_that_is_not_there_yet_is_made_and_nobody_is_forgotten(tmp_path):
+    notices = ErasureNotices(tmp_path / "new" / "state")
+    assert notices.poll() == []
+    assert (tmp_path / "new" / "state").stat().st_mode & 0o777 == 0o700
+    assert notices.poll() == []

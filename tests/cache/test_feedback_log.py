@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from edge_llm.cache.feedback_log import FeedbackEntry, FeedbackLog, clear_feedback, stored_feedback
 from edge_llm.cache.state_db import StateDb, state_path
 from edge_llm.feedback_command import format_feedback
@@ -42,6 +44,23 @@ def test_one_users_entries_can_be_erased(db):
     assert clear_feedback(db, "ann") == 1
     assert [kept.user for kept in stored_feedback(db)] == ["bob"]
     assert clear_feedback(db) == 1
+
+
+@pytest.mark.parametrize("damage", ["rating = 'good'", "text = x'ff'", "reason = 'else'", "at = 'now'"])
+def test_a_damaged_row_is_none(db, damage):
+    log = FeedbackLog(db, max_entries=10)
+    log.record(entry("one"))
+    log.record(entry("two"))
+    assert db.write(lambda connection: connection.execute(f"UPDATE feedback SET {damage} WHERE text = 'one'"))
+    assert db.flush(FLUSH_S)
+    assert [kept.text for kept in stored_feedback(db)] == ["two"]
+
+
+@pytest.mark.parametrize("actions", ["\0", "[1]", "{}", '[{"name": "x", "slots": 3}]', "[" * 100_000])
+def test_damaged_actions_are_left_out_of_the_export(actions):
+    text = format_feedback([entry("pop the trunk", reason="rated", kind="command", actions=actions, rating=1)])
+    assert "# pop the trunk\n" in text
+    assert not tomllib.loads(text)["mixed"][0]["utterances"].startswith("pop")
 
 
 def test_a_long_text_is_cut(db):

@@ -204,6 +204,17 @@ def test_an_erasure_by_another_process_is_noticed(tmp_path, db, clock):
     assert popular_counts(db) == {"ann": 1, "bob": 1}
 
 
+@pytest.mark.parametrize("damage", ["user = x'00ff'", "at = 'long ago'"])
+def test_a_damaged_row_names_no_user(db, clock, damage):
+    popularity = Popularity(db, clock=clock)
+    for user in ("ann", "bob"):
+        ask(popularity, user, "What is the range?")
+    assert db.flush(FLUSH_S)
+    assert db.write(lambda connection: connection.execute(f"UPDATE popular SET {damage} WHERE user = 'bob'"))
+    assert db.flush(FLUSH_S)
+    assert Popularity(db, clock=clock).users() == ["ann"]
+
+
 def test_damaged_numbers_are_ignored(db, clock):
     popularity = Popularity(db, clock=clock)
     for text in ("a", "b", "c"):

@@ -234,6 +234,18 @@ def test_a_row_that_was_damaged_is_a_miss_and_goes(db):
     assert cache.entries == 0
 
 
+@pytest.mark.parametrize("nbytes", [2**63 - 1, "many"])
+def test_a_damaged_size_does_not_stop_the_writing(db, nbytes):
+    cache = make(db)
+    for text in ("one", "two"):
+        cache.put("ann", key(text), ANSWER)
+    db.write(lambda connection: connection.execute("UPDATE responses SET nbytes = ?", (nbytes,)))
+    cache.put("ann", key("three"), ANSWER)
+    assert db.flush(FLUSH_S)
+    assert cache.find("ann", key("three")) == ANSWER
+    assert db.failed == 0
+
+
 @pytest.mark.parametrize("column", ["user", "key"])
 def test_a_row_in_the_wrong_place_is_a_miss(db, column):
     cache = make(db)

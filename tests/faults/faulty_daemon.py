@@ -2,7 +2,8 @@
 
 - ``slow``: every run of the graph takes so many seconds longer, so that a query still runs when something happens;
 - ``raise``: the next run raises the exception of that name, once;
-- ``clock``: the wall clock is so many seconds ahead.
+- ``clock``: the wall clock is so many seconds ahead;
+- ``packing``: the process that packs a graph ends by the signal of that number.
 
 Answers do not end by themselves. ``busy_ms`` gets two numbers for each 429: the milliseconds from its receipt until the
 link had its answer, and until that left for the socket.
@@ -37,6 +38,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException  # noqa
 from paho.mqtt.client import Client  # noqa: E402
 
 from edge_llm import cli  # noqa: E402
+from edge_llm.bundle import prepare  # noqa: E402
 from edge_llm.engine.engine import Engine  # noqa: E402
 from edge_llm.engine.runner import Runner  # noqa: E402
 from edge_llm.mqtt.client import MqttLink  # noqa: E402
@@ -67,6 +69,17 @@ def before_run(*_arguments: Any, **_options: Any) -> None:
         raise EXCEPTIONS[name]("told to fail")
     if delay_s := setting("slow"):
         time.sleep(delay_s)
+
+
+def packing_may_crash() -> None:
+    original = prepare.subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if number := int(setting("packing")):
+            command = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number})"]
+        return original(command, **options)
+
+    prepare.subprocess.run = run  # type: ignore[assignment]
 
 
 def endless() -> None:
@@ -110,5 +123,6 @@ if __name__ == "__main__":
     before(Gateway, "_on_message", note_receipt)
     before(MqttLink, "publish", note_decision)
     before(Client, "publish", note_publication)
+    packing_may_crash()
     endless()
     sys.exit(cli.main())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from tests.faults.conftest import WAIT_S
@@ -82,3 +85,24 @@ def test_a_bundle_that_is_not_as_exported_is_refused_by_name(mosquitto, start_fa
     assert "Traceback" not in daemon.log()
     # A manifest that cannot be read is refused before there is a connection.
     assert set(listen(mosquitto.port).statuses()) <= {"offline"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_graph_whose_packing_crashes_does_not_take_the_daemon_along(
+    mosquitto, start_faulty, listen, tmp_path, number
+):
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "packing").write_text(str(int(number)))
+    client = listen(mosquitto.port)
+    daemon = start_faulty(mosquitto.port, "engine.prepare=true")
+    assert daemon.process.wait(WAIT_S) == 2, "refused, not crashed"
+    daemon.wait_log(f"model.onnx is not used: packing it with onnxruntime {onnxruntime.__version__}")
+    daemon.wait_log(f"was ended by {number.name}")
+    # It has not been tried in the daemon's own process.
+    assert "serving the bundle's own graph" not in daemon.log()
+    assert "Traceback" not in daemon.log()
+    daemon.set("packing", 0)
+    since = time.monotonic()
+    daemon.start()
+    client.wait_status("online", since)
+    assert client.answer()["type"] == "final"

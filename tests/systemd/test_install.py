@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import msgspec
 import pytest
 
 from edge_llm import cli
@@ -12,6 +13,7 @@ from edge_llm.bundle.manifest import Bundle
 from edge_llm.config import Config, EngineConfig, MqttConfig, load_config, read_toml
 from edge_llm.engine.loading import memory_needs
 from edge_llm.unit_files import Machine, drop_in_text, is_loopback, memory_limit_bytes, quoted, unit_text
+from tests.bundle.test_signature import copy, key, public, signed  # noqa: F401 - fixtures
 from tests.paths import TINY_BUNDLE
 
 CONFIG = "etc/edge-llm/config.toml"
@@ -168,6 +170,38 @@ def test_what_could_not_run_is_refused(install, tmp_path, capsys, arguments, mes
     install(*arguments, "--yes", status=2)
     assert message in capsys.readouterr().err
     assert files(tmp_path) == set()
+
+
+def test_no_name_of_a_bundle_becomes_a_line_of_the_drop_in():
+    bundle = Bundle.open(TINY_BUNDLE)
+    hostile = "\n[Service]\r\nExecStartPre=+/bin/sh\u2028\n"
+    manifest = msgspec.structs.replace(bundle.manifest, name=hostile, version=hostile)
+    named = Bundle(bundle.path, manifest, bundle.digest)
+    usual, hidden = (drop_in_text(Machine(("/x",), Config(), one)).splitlines() for one in (bundle, named))
+    assert hidden[1:] == usual[1:]
+    assert hidden[0].startswith("# For ")
+
+
+def test_keys_are_found_from_wherever_the_service_runs(install, tmp_path, monkeypatch, signed, public):  # noqa: F811
+    monkeypatch.chdir(public.parent)
+    config = msgspec.json.encode([public.name]).decode()
+    monkeypatch.setattr("edge_llm.install_command._HIDDEN", ("/home",))  # the test's own folder is below /tmp
+    install("--bundle", str(signed), "--set", f"bundle_keys={config}", "--yes")
+    assert load_config(config_file=tmp_path / CONFIG).bundle_keys == (str(public),)
+
+
+@pytest.mark.parametrize("setting", ["bundle", "bundle_keys", "mqtt.password_file", "mqtt.tls.ca_file"])
+@pytest.mark.parametrize(("path", "message"), [("x.pem", "give the whole path"), ("/home/ann/x.pem", "cannot see")])
+def test_files_that_the_service_would_not_find_are_refused(install, tmp_path, capsys, setting, path, message):
+    table, _, name = setting.rpartition(".")
+    value = f'["{path}"]' if name == "bundle_keys" else f'"{path}"'
+    bundle = "" if name == "bundle" else f'bundle = "{TINY_BUNDLE}"\n'
+    head = f"[{table}]\n" if table else ""
+    source = tmp_path / "mine.toml"
+    source.write_text(f'{bundle}device = "x86-64"\n{head}{name} = {value}\n')
+    install("--config", str(source), "--yes", device=None, status=2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / CONFIG).exists()
 
 
 def test_the_board_of_an_image_has_to_be_named(install, capsys):

@@ -101,6 +101,10 @@ def test_the_unit_says_what_the_daemon_relies_on():
     assert service["DynamicUser"] == ["yes"]
     assert service["Restart"] == ["on-failure"]
     assert "ORT_DISABLE_TELEMETRY=1" in service["Environment"]
+    # A child process that runs out of memory is not the end of the daemon.
+    assert service["OOMPolicy"] == ["continue"]
+    # What users have said, and the broker's password, are in the daemon's memory.
+    assert service["LimitCORE"] == ["0"]
     for setting in ("CacheDirectory", "StateDirectory", "RuntimeDirectory", "ConfigurationDirectory"):
         assert service[setting] == ["edge-llm"]
     assert service["LoadCredential"] == [
