@@ -56,10 +56,10 @@ class _TimedSession:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
         """Run and time it."""
         started = time.perf_counter()
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         self.spent_s += time.perf_counter() - started
 
 

@@ -3,14 +3,15 @@
 ::
 
     edge-llm-kit-VERSION-ARCH/
-        install.sh          checks the hashes, makes an environment, installs, prepares
+        install.sh          checks the hashes, makes an environment, installs, prepares; --service, --uninstall
         SHA256SUMS          of every other file
         wheels/             edge_llm and all that it needs, for each Python version
         extra/              wheels of the board's maker, given with --extra-wheel
         bundle/
 
 The wheels are resolved for the board's architecture by ``pip download --only-binary=:all:``, so nothing is compiled
-there; device files and units travel inside edge_llm's own wheel.
+there. Device files and units travel inside edge_llm's own wheel, and the installer leaves what concerns the machine to
+``edge-llm install``; it only does by itself what comes before that can run.
 """
 
 from __future__ import annotations

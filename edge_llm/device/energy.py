@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from edge_llm.device.sensors import run_now
 from edge_llm.device.sysfs import folders, read_int, read_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from edge_llm.device.sensors import Post
     from edge_llm.metrics import Metrics
 
 # The rail that feeds the whole module, by the names that carriers give it.
@@ -90,19 +92,24 @@ class AnswerEnergy:
     Args:
         meter: what measures.
         metrics: gets the counters.
+        post: has the meter read, on a thread of its own if it may hang.
     """
 
-    def __init__(self, meter: Meter, metrics: Metrics) -> None:
+    def __init__(self, meter: Meter, metrics: Metrics, post: Post = run_now) -> None:
         self._meter = meter
         self._metrics = metrics
+        self._post = post
         metrics.gauge("energy_per_answer_mj", self._mean_mj)
 
     def begin(self) -> None:
         """The first of the answers that run now has begun."""
-        self._meter.begin()
+        self._post(self._meter.begin)
 
     def end(self, elapsed_s: float, beside: int) -> None:
         """An answer has ended that took ``elapsed_s``, with ``beside`` others."""
+        self._post(lambda: self._count(elapsed_s, beside))
+
+    def _count(self, elapsed_s: float, beside: int) -> None:
         power_w = self._meter.power_w()
         if power_w is not None:
             self._metrics.count("energy_mj", round(power_w * elapsed_s * 1e3 / (beside + 1)))

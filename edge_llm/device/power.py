@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+from edge_llm.device.sensors import run_now
 from edge_llm.device.sysfs import folders, read_int, read_line, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_llm.config import PowerConfig
+    from edge_llm.device.sensors import Post
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class PowerMonitor:
         on_battery_allowed: whether prefetch may run on a battery.
         root: as for ``read_power``.
         clock: seconds, monotonic.
+        post: has the sensors read, on a thread of their own if they may hang; until a reading comes the last one holds.
 
     Attributes:
         on_change: told every new level.
@@ -103,12 +106,15 @@ class PowerMonitor:
         on_battery_allowed: bool = True,
         root: Path = ROOT,
         clock: Callable[[], float] = time.monotonic,
+        post: Post = run_now,
     ) -> None:
         self.on_change: Callable[[PowerLevel], None] = lambda _level: None
         self._config = config
         self._on_battery_allowed = on_battery_allowed
         self._root = root
         self._clock = clock
+        self._post = post
+        self._reading: Power | None = None  # that has come and has not been looked at
         self._valid_until: float | None = None
         self._heat = 0  # of the sensors
         self._level = 0  # of the sensors or of throttling
@@ -136,17 +142,22 @@ class PowerMonitor:
         return min(default, self._config.hot_max_tokens) if self.level == "hot" else default
 
     def refresh(self) -> None:
-        """Read the sensors if it is time: some milliseconds on some machines. Never raises; a new level is logged."""
+        """Have the sensors read if it is time, and go by what has come. Never raises; a new level is logged."""
         now = self._clock()
-        if self._valid_until is not None and now < self._valid_until:
-            return
-        self._valid_until = now + self._config.interval_s
         config = self._config
         if self._on_battery_allowed and config.warm_c is None and config.hot_c is None:
             return
-        power = read_power(self._root)
-        self._set_forbidden(power)
-        self._set_level(power, now)
+        if self._valid_until is None or now >= self._valid_until:
+            self._valid_until = now + config.interval_s
+            self._post(self._read)
+        power = self._reading
+        if power is not None:
+            self._reading = None
+            self._set_forbidden(power)
+            self._set_level(power, now)
+
+    def _read(self) -> None:
+        self._reading = read_power(self._root)
 
     def _set_forbidden(self, power: Power) -> None:
         forbidden = power.on_battery is True and not self._on_battery_allowed

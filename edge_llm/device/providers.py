@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import onnxruntime as ort
 
@@ -13,13 +13,11 @@ from edge_llm.errors import ManifestError, ProviderError, UnsupportedBundleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from edge_llm.bundle.manifest import Graph, Manifest
     from edge_llm.config import EngineConfig
     from edge_llm.device.session import Placement
 
-TENSORRT: Final = "TensorrtExecutionProvider"
 _NAMED_NODES: Final = 3
 
 
@@ -42,15 +40,12 @@ class Candidate(NamedTuple):
         return f"the {self.graph.target} graph on {self.provider.name}"
 
 
-def candidates(
-    config: EngineConfig, manifest: Manifest, cache_dir: Path, refused: dict[str, str]
-) -> Iterator[Candidate]:
+def candidates(config: EngineConfig, manifest: Manifest, refused: dict[str, str]) -> Iterator[Candidate]:
     """What to try, in order; a provider that cannot be tried at all is entered in ``refused`` when its turn comes.
 
     Args:
         config: the providers, their graphs and options.
         manifest: the bundle's.
-        cache_dir: where engines that a provider compiles are kept.
         refused: provider names and reasons.
 
     Raises:
@@ -69,7 +64,7 @@ def candidates(
         if not graphs:
             refused[provider] = f"the bundle has no graph for it ({' or '.join(wanted) or 'engine.targets names none'})"
         for graph in graphs:
-            yield Candidate(Provider(provider, _options(provider, config, cache_dir)), graph)
+            yield Candidate(Provider(provider, _options(provider, config)), graph)
 
 
 def cpu_graph(config: EngineConfig, manifest: Manifest) -> Graph:
@@ -114,11 +109,7 @@ def check_placement(placement: Placement, provider: str) -> None:
         raise ProviderError(f"{len(elsewhere)} of {len(placement.nodes)} nodes would run elsewhere: {named}")
 
 
-def _options(provider: str, config: EngineConfig, cache_dir: Path) -> dict[str, str]:
-    """Options as ONNX Runtime takes them, all of them text; TensorRT's engines are kept in the cache folder."""
-    options: dict[str, Any] = {}
-    if provider == TENSORRT:
-        folder = str(cache_dir / "tensorrt")
-        options = {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder}
-    options |= config.provider_options.get(provider, {})
+def _options(provider: str, config: EngineConfig) -> dict[str, str]:
+    """Options as ONNX Runtime takes them, all of them text."""
+    options = config.provider_options.get(provider, {})
     return {name: str(int(value)) if isinstance(value, bool) else str(value) for name, value in options.items()}

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+TENSORRT: Final = "TensorrtExecutionProvider"
 # onnxruntime_session_options_config_keys.h; the first since 1.24.
 _RECORD_ASSIGNMENT: Final = "session.record_ep_graph_assignment_info"
 _NO_CPU_FALLBACK: Final = "session.disable_cpu_ep_fallback"
@@ -39,8 +41,27 @@ class Provider(NamedTuple):
     name: str = CPU
     options: Mapping[str, str] = {}
 
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are captured as CUDA graphs: the provider's own option ``enable_cuda_graph``."""
+        return self.options.get("enable_cuda_graph", "0") in ("1", "True", "true")
+
 
 CPU_PROVIDER: Final = Provider()
+
+
+class Device(NamedTuple):
+    """Where tensors lie: ONNX Runtime's name of the kind of device, and which one."""
+
+    kind: str = "cpu"
+    number: int = 0
+
+
+def tensor_device(session: Any, provider: Provider) -> Device:
+    """Where the tensors of a session belong: with the GPU, if one really runs it."""
+    if CUDA in session.get_providers() or TENSORRT in session.get_providers():
+        return Device("cuda", int(provider.options.get("device_id", "0")))
+    return Device()
 
 
 def make_session(graph_path: Path, options: Any, provider: Provider = CPU_PROVIDER) -> Any:

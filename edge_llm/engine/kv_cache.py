@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import mmap
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edge_llm.engine.tensors import bind_array
 from edge_llm.errors import NoFreeSlotError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from numpy.typing import NDArray
 
@@ -37,8 +39,12 @@ class KVCache:
         self.shape = (slots, dims.num_kv_heads, dims.max_seq_len, dims.head_dim)
         self.dtype = np.dtype(dtype)
         self.max_seq_len = dims.max_seq_len
+        self.num_layers = dims.num_layers
+        self._allocate()
+
+    def _allocate(self) -> None:
         self.layers: list[tuple[NDArray[np.floating], NDArray[np.floating]]] = [
-            (lazy_zeros(self.shape, self.dtype), lazy_zeros(self.shape, self.dtype)) for _ in range(dims.num_layers)
+            (lazy_zeros(self.shape, self.dtype), lazy_zeros(self.shape, self.dtype)) for _ in range(self.num_layers)
         ]
 
     @property
@@ -49,35 +55,56 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole cache once every slot has been filled."""
-        return sum(key.nbytes + value.nbytes for key, value in self.layers)
+        return self.slots * self.max_seq_len * self.token_nbytes
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of one position in one slot."""
         _, heads, _, head_dim = self.shape
-        return 2 * len(self.layers) * heads * head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * heads * head_dim * self.dtype.itemsize
+
+    def bind(self, bind: Callable[..., None], names: Callable[[int], tuple[str, str]], first: int, count: int) -> None:
+        """Bind neighbouring rows of every layer by address.
+
+        Args:
+            bind: of a binding: ``bind_input`` or ``bind_output``.
+            names: gives the names of a layer's keys and values.
+            first: the lowest row.
+            count: how many.
+        """
+        for layer, pair in enumerate(self.layers):
+            for name, buffer in zip(names(layer), pair, strict=True):
+                bind_array(bind, name, buffer[first : first + count])
+
+    def read(self, layer: int, part: int, slot: int, start: int, stop: int) -> NDArray[np.floating]:
+        """Positions of one slot's keys (part 0) or values (1): ``(kv_heads, tokens, head_dim)``, perhaps a view."""
+        return self.layers[layer][part][slot, :, start:stop]
+
+    def write(self, layer: int, part: int, slot: int, start: int, rows: NDArray[np.floating]) -> None:
+        """Put what ``read`` has returned into a slot, from position ``start`` on."""
+        self.layers[layer][part][slot, :, start : start + rows.shape[1]] = rows
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot over another's."""
-        for pair in self.layers:
-            for buffer in pair:
-                buffer[target, :, :length] = buffer[source, :, :length]
+        for layer, part in self._parts():
+            self.write(layer, part, target, 0, self.read(layer, part, source, 0, length))
 
     def read_rows(self, slot: int, start: int, stop: int) -> NDArray[np.floating]:
         """A copy of the positions ``start`` to ``stop`` of a slot: ``(tokens, layers, 2, kv_heads, head_dim)``."""
         _, heads, _, head_dim = self.shape
-        rows: NDArray[np.floating] = lazy_zeros((stop - start, len(self.layers), 2, heads, head_dim), self.dtype)
-        for layer, pair in enumerate(self.layers):
-            for part, buffer in enumerate(pair):
-                rows[:, layer, part] = buffer[slot, :, start:stop].transpose(1, 0, 2)
+        rows: NDArray[np.floating] = lazy_zeros((stop - start, self.num_layers, 2, heads, head_dim), self.dtype)
+        for layer, part in self._parts():
+            rows[:, layer, part] = self.read(layer, part, slot, start, stop).transpose(1, 0, 2)
         return rows
 
     def write_rows(self, slot: int, start: int, rows: NDArray[np.floating]) -> None:
         """Put what ``read_rows`` has returned into a slot, from position ``start`` on."""
-        stop = start + len(rows)
-        for layer, pair in enumerate(self.layers):
-            for part, buffer in enumerate(pair):
-                buffer[slot, :, start:stop] = rows[:, layer, part].transpose(1, 0, 2)
+        for layer, part in self._parts():
+            self.write(layer, part, slot, start, rows[:, layer, part].transpose(1, 0, 2))
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Every layer's keys and values."""
+        return itertools.product(range(self.num_layers), range(2))
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

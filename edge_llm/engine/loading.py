@@ -15,12 +15,14 @@ import onnxruntime as ort
 
 from edge_llm.bundle.manifest import TOKENIZER_FILE
 from edge_llm.bundle.prepare import prepared_graph
+from edge_llm.bundle.tensorrt_engines import Progress, TensorrtEngines
 from edge_llm.config import cache_dir
 from edge_llm.device.cpu import use_cores
 from edge_llm.device.memory import check_memory, trim_memory
 from edge_llm.device.providers import Candidate, ProviderChoice, candidates, check_placement, none_left
-from edge_llm.device.session import CPU, placement
+from edge_llm.device.session import CPU, TENSORRT, placement
 from edge_llm.domain.domain import Domain
+from edge_llm.engine.device_runner import DeviceRunner
 from edge_llm.engine.engine import Engine
 from edge_llm.engine.prompt import PromptRenderer
 from edge_llm.engine.runner import ModelRunner, Runner
@@ -67,13 +69,14 @@ class LoadedModel:
     fall_back: Callable[[], LoadedModel] | None = None
 
 
-def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] | None = None) -> LoadedModel:
+def load_model(bundle: Bundle, config: Config, on_state: Callable[..., None] | None = None) -> LoadedModel:
     """Verify a bundle's files, prepare its graph, load it, and see that it answers as it did at export.
 
     Args:
         bundle: an opened bundle.
         config: which graph, provider, threads and slots.
-        on_state: told ``preparing`` and ``loading`` as they begin; preparing can take long on a small board.
+        on_state: told ``preparing`` and ``loading`` as they begin; preparing can take long on a small board. While a
+            provider compiles, told every few seconds with ``provider``, ``elapsed_s``, ``engines`` and ``graphs``.
 
     Raises:
         MemoryPlanError: the machine cannot hold it.
@@ -82,8 +85,8 @@ def load_model(bundle: Bundle, config: Config, on_state: Callable[[str], None] |
     """
     use_cores(config.engine.affinity)
     refused: dict[str, str] = {}
-    remaining = candidates(config.engine, bundle.manifest, cache_dir(config), refused)
-    return _load_first(bundle, config, remaining, refused, on_state or (lambda _state: None))
+    remaining = candidates(config.engine, bundle.manifest, refused)
+    return _load_first(bundle, config, remaining, refused, on_state or _report_nothing)
 
 
 def _load_first(
@@ -91,7 +94,7 @@ def _load_first(
     config: Config,
     remaining: Iterator[Candidate],
     refused: dict[str, str],
-    report: Callable[[str], None],
+    report: Callable[..., None],
 ) -> LoadedModel:
     """The model on the first of ``remaining`` that serves; those before it are entered in ``refused``."""
     for candidate in remaining:
@@ -109,12 +112,12 @@ def _load_first(
         if name == config.engine.providers[-1]:
             return replace(model, provider=choice)
         failed = {**refused, name: "it failed while it was serving"}
-        fall_back = functools.partial(_load_first, bundle, config, remaining, failed, lambda _state: None)
+        fall_back = functools.partial(_load_first, bundle, config, remaining, failed, _report_nothing)
         return replace(model, provider=choice, fall_back=fall_back)
     raise none_left(refused, bundle.manifest)
 
 
-def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report: Callable[[str], None]) -> LoadedModel:
+def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report: Callable[..., None]) -> LoadedModel:
     """The model on one provider, seen to answer right. Raises ``ProviderError`` if it cannot be."""
     graph = candidate.graph
     check_memory(memory_needs(bundle, config, graph))
@@ -123,6 +126,9 @@ def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report
         report("preparing")
         try:
             graph_path = prepared_graph(bundle, graph.target, cache_dir(config))
+        except ProviderError:
+            # It crashed ONNX Runtime in another process, and would do so in this one.
+            raise
         except BundleError as error:
             # A full disk must not keep the device silent: the bundle's own graph answers too, with more memory.
             _log.warning("no prepared copy, serving the bundle's own graph: %s", error)
@@ -134,13 +140,48 @@ def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report
             _log.warning("the prepared copy answers wrongly, serving the bundle's own graph: please report this")
     report("loading")
     graph_path, *_ = (bundle.verified_path(name) for name in graph.files)
-    model = _load(bundle, config, candidate, graph_path, prepared=False)
+    if candidate.provider.name == TENSORRT:
+        model = _load_compiled(bundle, config, candidate, graph_path, report)
+    else:
+        model = _load(bundle, config, candidate, graph_path, prepared=False)
     if not _passes(model, candidate):
         raise ProviderError(
             f"{candidate} does not generate the token recorded at export: it would answer wrongly here. Try another "
             "onnxruntime"
         )
     return model
+
+
+def _load_compiled(
+    bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path, report: Callable[..., None]
+) -> LoadedModel:
+    """On engines that are kept, or built now; those that cannot be loaded any more are built anew, once."""
+    engines = TensorrtEngines(bundle, candidate.graph, candidate.provider, cache_dir(config))
+    candidate = candidate._replace(provider=engines.provider)
+
+    def prepare() -> bool:
+        built = engines.prepare(lambda progress: _report_progress(report, candidate, progress))
+        if built:
+            report("loading")
+        return built
+
+    built = prepare()
+    try:
+        return _load(bundle, config, candidate, graph_path, prepared=False)
+    except ProviderError as error:
+        if built or not engines.discard():
+            raise
+        _log.warning("the kept engines are built anew, as after an upgrade of TensorRT: %s", error)
+    prepare()
+    return _load(bundle, config, candidate, graph_path, prepared=False)
+
+
+def _report_progress(report: Callable[..., None], candidate: Candidate, progress: Progress) -> None:
+    report("preparing", provider=candidate.provider.name, **progress._asdict())
+
+
+def _report_nothing(_state: str, **_detail: object) -> None:
+    """Nobody waits."""
 
 
 def memory_needs(bundle: Bundle, config: Config, graph: Graph) -> dict[str, int]:
@@ -192,7 +233,7 @@ def _load(bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path
         raise UnsupportedBundleError(
             f"tokenizer.json has {tokenizer.vocab_size} tokens, the model {manifest.model.vocab_size}: export it again"
         )
-    runner = runner_maker(candidate.graph, graph_path)(
+    runner = runner_maker(candidate.graph, graph_path, candidate.provider.name)(
         manifest.model,
         slots=config.engine.slots,
         threads=config.engine.threads,
@@ -211,15 +252,16 @@ def _load(bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path
     return LoadedModel(bundle, engine, tokenizer, renderer, choice, prepared, time.monotonic() - started, domain)
 
 
-def runner_maker(graph: Graph, graph_path: Path) -> Callable[..., ModelRunner]:
+def runner_maker(graph: Graph, graph_path: Path, provider: str = CPU) -> Callable[..., ModelRunner]:
     """What runs a graph of that form: it is called with the model's shape and the settings of ``Runner``.
 
     Args:
         graph: the manifest's entry.
         graph_path: its file, or the prepared copy; what else a static form has lies beside it.
+        provider: what will run it.
     """
     if graph.prefill_file is None:
-        return functools.partial(Runner, graph_path)
+        return functools.partial(Runner if provider == CPU else DeviceRunner, graph_path)
     prefill_path = graph_path.with_name(graph.prefill_file.rpartition("/")[2])
     return functools.partial(StaticRunner, StaticPaths(graph_path, prefill_path))
 

@@ -9,6 +9,7 @@ import numpy as np
 from edge_llm.bundle import graph_io
 from edge_llm.device.session import CPU_PROVIDER, Provider, make_session, session_options
 from edge_llm.engine.kv_cache import KVCache
+from edge_llm.engine.tensors import bind_array
 from edge_llm.errors import ContextOverflowError
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ class Runner:
     ) -> None:
         self.dims = dims
         self.max_seq_len = min(dims.max_seq_len, context or dims.max_seq_len)
+        self._provider = provider
         self.session = make_session(graph_path, session_options(threads), provider)
-        self.cache = KVCache(dims, slots, kv_dtype)
+        self.cache = self._make_cache(slots, kv_dtype)
         self._takes_positions = graph_io.POSITION_IDS in {node.name for node in self.session.get_inputs()}
         # One row per slot; a step over fewer rows binds the head of each buffer.
         self._input_ids = np.zeros((slots, 1), np.int64)  # (batch, seq)
@@ -125,8 +127,8 @@ class Runner:
         self._position_ids[:batch, 0] = past_lens
         self._seqlens_k[:batch] = past_lens
         self._total_len[()] = longest + 1
-        self.session.run_with_iobinding(binding)
-        return self._next_ids[:batch, 0]
+        self._run_step(binding)
+        return self._read_next_ids()[:batch, 0]
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """Logits ``(vocab,) float32`` of a row of the last ``decode`` or ``prefill``: a view until the next run."""
@@ -141,10 +143,9 @@ class Runner:
             past_len: how many positions of the row are valid before.
         """
         binding = self._bind_prefill(slot, token_ids, past_len, [len(token_ids) - 1])
-        bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:1])
-        bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:1])
-        self.session.run_with_iobinding(binding)
-        return int(self._next_ids[0, 0])
+        self._bind_outputs(binding, 1)
+        self._run_chunk(binding)
+        return int(self._read_next_ids()[0, 0])
 
     def forward(
         self, slot: int, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]
@@ -166,8 +167,23 @@ class Runner:
         next_ids = np.empty((1, count), np.int64)
         bind_array(binding.bind_output, graph_io.LOGITS, logits)
         bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, next_ids)
-        self.session.run_with_iobinding(binding)
+        self._run_chunk(binding)
         return cast("NDArray[np.float32]", logits[0])
+
+    def _make_cache(self, slots: int, kv_dtype: str) -> KVCache:
+        return KVCache(self.dims, slots, kv_dtype)
+
+    def _run_step(self, binding: Any) -> None:
+        """Run what ``_bind_decode`` has bound."""
+        self.session.run_with_iobinding(binding)
+
+    def _run_chunk(self, binding: Any) -> None:
+        """Run what ``_bind_prefill`` has bound."""
+        self.session.run_with_iobinding(binding)
+
+    def _read_next_ids(self) -> NDArray[np.int64]:
+        """``(slots, 1)``: the last run's come first."""
+        return self._next_ids
 
     def _bind_decode(self, first_slot: int, batch: int) -> Any:
         binding = self.session.io_binding()
@@ -178,9 +194,12 @@ class Runner:
         bind_array(binding.bind_input, graph_io.SEQLENS_K, self._seqlens_k[:batch])
         bind_array(binding.bind_input, graph_io.TOTAL_SEQUENCE_LENGTH, self._total_len)
         bind_array(binding.bind_input, graph_io.LOGIT_INDICES, self._first_row)
+        self._bind_outputs(binding, batch)
+        return binding
+
+    def _bind_outputs(self, binding: Any, batch: int) -> None:
         bind_array(binding.bind_output, graph_io.LOGITS, self._logits[:batch])
         bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self._next_ids[:batch])
-        return binding
 
     def _bind_prefill(self, slot: int, token_ids: Sequence[int], past_len: int, logit_indices: Sequence[int]) -> Any:
         count = len(token_ids)
@@ -200,12 +219,8 @@ class Runner:
         return binding
 
     def _bind_cache(self, binding: Any, first_slot: int, batch: int) -> None:
-        for layer, pair in enumerate(self.cache.layers):
-            names = zip(graph_io.past_names(layer), graph_io.present_names(layer), pair, strict=True)
-            for past_name, present_name, buffer in names:
-                rows = buffer[first_slot : first_slot + batch]
-                bind_array(binding.bind_input, past_name, rows)
-                bind_array(binding.bind_output, present_name, rows)
+        self.cache.bind(binding.bind_input, graph_io.past_names, first_slot, batch)
+        self.cache.bind(binding.bind_output, graph_io.present_names, first_slot, batch)
 
 
 def check_step(past_lens: Sequence[int], max_seq_len: int) -> int:
@@ -220,9 +235,3 @@ def check_chunk(past_len: int, count: int, max_seq_len: int) -> None:
     """Raises ``ContextOverflowError`` if ``count`` more tokens do not fit behind ``past_len``."""
     if past_len + count > max_seq_len:
         raise ContextOverflowError(f"{past_len} + {count} tokens do not fit into {max_seq_len} positions")
-
-
-def bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:
-    """Bind a CPU array by address; it must stay alive and contiguous as long as the binding."""
-    assert array.flags.c_contiguous
-    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

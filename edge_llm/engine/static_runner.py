@@ -1,7 +1,8 @@
 """Two ONNX Runtime sessions of fixed shapes over the static cache: one decodes, one takes a padded prefill chunk.
 
-edge_llm/bundle/graph_io.py describes the forms. Buffers are in the processor's memory: on the CPU provider, nothing but
-the new rows of a ``primitive`` graph is copied.
+edge_llm/bundle/graph_io.py describes the forms. On the CPU provider, nothing but the new rows of a ``primitive`` graph
+is copied. On a GPU, cache and inputs stay on the device, at fixed addresses; each run brings its logits back, and the
+new rows of a ``primitive`` graph go through the processor's memory. That has never been run on hardware.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from edge_llm.bundle import graph_io
-from edge_llm.device.session import CPU_PROVIDER, Provider, make_session, session_options
+from edge_llm.device.session import CPU, CPU_PROVIDER, Provider, make_session, session_options, tensor_device
+from edge_llm.engine.device_cache import DeviceKVCache
 from edge_llm.engine.kv_cache import KVCache
-from edge_llm.engine.runner import bind_array, check_chunk, check_step
+from edge_llm.engine.runner import check_chunk, check_step
+from edge_llm.engine.tensors import DeviceTensor, bind_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_llm.bundle.manifest import ModelDims
+    from edge_llm.device.session import Device
 
 
 class StaticPaths(NamedTuple):
@@ -60,10 +64,13 @@ class StaticRunner:
     ) -> None:
         self.dims = dims
         self.max_seq_len = min(dims.max_seq_len, context or dims.max_seq_len)
-        self.cache = KVCache(dims, slots, kv_dtype)
-        self._decode, self._prefill = (
-            _StaticGraph(make_session(path, session_options(threads), provider), self.cache) for path in paths
-        )
+        sessions = [make_session(path, session_options(threads), provider) for path in paths]
+        device = None if provider.name == CPU else tensor_device(sessions[0], provider)
+        if device is None:
+            self.cache = KVCache(dims, slots, kv_dtype)
+        else:
+            self.cache = DeviceKVCache(sessions[0], device, dims, slots, kv_dtype)
+        self._decode, self._prefill = (_StaticGraph(session, self.cache, device) for session in sessions)
         self._logits = np.zeros((slots, dims.vocab_size), np.float32)
         self._next_ids = np.zeros(slots, np.int64)
 
@@ -145,6 +152,11 @@ class StaticRunner:
 class _StaticGraph:
     """One session, its input and output arrays, and a binding for each slot: all made once.
 
+    Args:
+        session: the graph's.
+        cache: what it appends to.
+        device: where its inputs lie; None leaves them in their arrays.
+
     Attributes:
         tokens: how many it takes, padding included.
         rows: of how many it computes logits.
@@ -152,7 +164,7 @@ class _StaticGraph:
         next_ids: ``(1, rows)`` int64, their arg max.
     """
 
-    def __init__(self, session: Any, cache: KVCache) -> None:
+    def __init__(self, session: Any, cache: KVCache, device: Device | None) -> None:
         self.session = session
         shapes = {node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())}
         self.tokens: int = shapes[graph_io.INPUT_IDS][1]
@@ -165,10 +177,15 @@ class _StaticGraph:
             for name in (graph_io.INPUT_IDS, graph_io.POSITION_IDS, graph_io.WRITE_INDEX, graph_io.LOGIT_INDICES)
             if name in shapes
         }
+        self._device_inputs = (
+            {}
+            if device is None
+            else {name: DeviceTensor.allocate(array, device) for name, array in self._inputs.items()}
+        )
         # A form that writes the new rows beside the cache names them.
         self._new_rows = [
             tuple(np.zeros(shapes[name], cache.dtype) for name in graph_io.new_names(layer))
-            for layer in range(len(cache.layers))
+            for layer in range(cache.num_layers)
             if graph_io.new_names(layer)[0] in shapes
         ]
         self._bindings: dict[int, Any] = {}
@@ -187,22 +204,26 @@ class _StaticGraph:
         binding = self._bindings.get(slot)
         if binding is None:
             binding = self._bindings[slot] = self._bind(slot)
+        for name, tensor in self._device_inputs.items():
+            tensor.update(self._inputs[name])
         self.session.run_with_iobinding(binding)
-        for pair, new in zip(self._cache.layers, self._new_rows, strict=False):
-            for buffer, rows in zip(pair, new, strict=True):
-                buffer[slot, :, past_len : past_len + count] = rows[0, :, :count]
+        for layer, new in enumerate(self._new_rows):
+            for part, rows in enumerate(new):
+                self._cache.write(layer, part, slot, past_len, rows[0, :, :count])
 
     def _bind(self, slot: int) -> Any:
         binding = self.session.io_binding()
         for name, array in self._inputs.items():
-            bind_array(binding.bind_input, name, array)
+            if name in self._device_inputs:
+                self._device_inputs[name].bind(binding.bind_input, name, 0, len(array))
+            else:
+                bind_array(binding.bind_input, name, array)
         bind_array(binding.bind_output, graph_io.LOGITS, self.logits)
         bind_array(binding.bind_output, graph_io.NEXT_TOKEN_IDS, self.next_ids)
-        for layer, pair in enumerate(self._cache.layers):
-            rows = [buffer[slot : slot + 1] for buffer in pair]
-            for name, array in zip(graph_io.past_names(layer), rows, strict=True):
-                bind_array(binding.bind_input, name, array)
-            outputs = graph_io.new_names(layer) if self._new_rows else graph_io.present_names(layer)
-            for name, array in zip(outputs, self._new_rows[layer] if self._new_rows else rows, strict=True):
-                bind_array(binding.bind_output, name, array)
+        self._cache.bind(binding.bind_input, graph_io.past_names, slot, 1)
+        if not self._new_rows:
+            self._cache.bind(binding.bind_output, graph_io.present_names, slot, 1)
+        for layer, new in enumerate(self._new_rows):
+            for name, rows in zip(graph_io.new_names(layer), new, strict=True):
+                bind_array(binding.bind_output, name, rows)
         return binding

@@ -11,7 +11,6 @@ acknowledgement cannot land on another connection than its message's.
 from __future__ import annotations
 
 import logging
-import random
 import select
 import threading
 import time
@@ -35,6 +34,7 @@ from edge_llm.mqtt.connection import (
     to_incoming,
 )
 from edge_llm.mqtt.in_flight import MAX_HANG_UPS, InFlight
+from edge_llm.mqtt.patience import Patience
 from edge_llm.mqtt.wakeup import Wakeup
 from edge_llm.notify import Heartbeat
 
@@ -52,9 +52,6 @@ log = logging.getLogger(__name__)
 
 # QoS 1 messages in flight to the broker; mosquitto's own default, and less if the broker's Receive Maximum is less.
 _WINDOW: Final = 20
-# So many connections in a row that each lasted no longer than this look like two clients of one name.
-_SUSPICIOUS: Final = 3
-_SHORT_S: Final = 6.0
 # While there is no connection, the thread stirs this often.
 _PAUSE_TICK_S: Final = 1.0
 _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL
@@ -112,7 +109,7 @@ class MqttLink:
         self._closing = threading.Event()
         self._close_by = 0.0
         self._wakeup = Wakeup()
-        self._short_connections = 0
+        self._patience = Patience(config, session.client_id)
         self._trouble: str | None = None
         self.heartbeat = Heartbeat()
         self._thread = threading.Thread(target=self._run, name="mqtt-link", daemon=True)
@@ -178,7 +175,6 @@ class MqttLink:
             self._client.ack(mid, 1)
 
     def _run(self) -> None:
-        attempt = 0
         while not self._closing.is_set():
             started_at = time.monotonic()
             try:
@@ -188,14 +184,10 @@ class MqttLink:
                 log.exception("the MQTT link failed and starts over")
                 self._change_protocol(self._protocol)
             lasted_s = time.monotonic() - started_at
-            self._note_short_connection(lasted_s)
+            self._patience.note_end(lasted_s, was_accepted=self._accepted, wanted=self._closing.is_set())
             if self._accepted and not self._closing.is_set():
                 self._give_up_after(lasted_s)
-            # A connection that stood for a while was a good one; one that did not must not be hammered.
-            if self._connack_seen and lasted_s > self._config.reconnect_max_s:
-                attempt = 0
-            self._pause(_backoff_s(attempt, self._config))
-            attempt += 1
+            self._pause(self._patience.wait_s(lasted_s, was_answered=self._connack_seen))
         self._wakeup.close()
 
     def _pause(self, seconds: float) -> None:
@@ -392,17 +384,6 @@ class MqttLink:
         now = time.monotonic()
         self._waiting.extendleft((now, message) for message in reversed(self._in_flight.take_all()))
 
-    def _note_short_connection(self, lasted_s: float) -> None:
-        if not self._accepted or lasted_s > _SHORT_S:
-            self._short_connections = 0
-            return
-        self._short_connections += 1
-        if self._short_connections == _SUSPICIOUS and not self._closing.is_set():
-            log.warning(
-                "the broker ends each connection soon: is another client connected as %r? Each node needs its own name",
-                self._session.client_id,
-            )
-
     def _give_up_after(self, lasted_s: float) -> None:
         """Lose the messages that the broker has hung up on too often."""
         given_up = self._in_flight.after_connection(lasted_s)
@@ -430,9 +411,3 @@ class MqttLink:
         except Exception:  # an exception here would end the link's thread and with it the daemon's hearing
             self._metrics.count("internal_errors")
             log.exception("a callback of the MQTT link failed")
-
-
-def _backoff_s(attempt: int, config: MqttConfig) -> float:
-    """Twice as long after each failure, with jitter: a fleet must not come back to its broker all at once."""
-    delay_s = min(config.reconnect_max_s, config.reconnect_min_s * 2.0 ** min(attempt, 30))
-    return delay_s * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -19,7 +19,7 @@ from edge_llm.mqtt.admission import Admitted, Scheduler
 from edge_llm.mqtt.client import MqttLink
 from edge_llm.mqtt.connection import Outgoing, Session
 from edge_llm.mqtt.dedupe import DedupeTable, MadeIds, body_hash
-from edge_llm.mqtt.events import CONTENT_TYPE, encode_error, encode_status
+from edge_llm.mqtt.events import CONTENT_TYPE, encode_error
 from edge_llm.mqtt.messages import (
     Cancel,
     Feedback,
@@ -31,6 +31,7 @@ from edge_llm.mqtt.messages import (
     decode_fields,
     id_from_correlation,
 )
+from edge_llm.mqtt.presence import Presence, State, last_will
 from edge_llm.mqtt.replies import Address, Reply, ReplySettings, address_of
 from edge_llm.mqtt.topics import Topics
 from edge_llm.serving.request import Failed
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-State = Literal["preparing", "loading", "online", "draining", "offline"]
 _RETRY_AFTER_MS: Final[dict[State, int]] = {"preparing": 10_000, "loading": 1_000, "draining": 5_000}
 _MIN_PACKET_BYTES: Final = 1 << 20
 _UNROUTABLE_LOG_INTERVAL_S: Final = 10.0
@@ -76,33 +76,21 @@ class Gateway:
         self._scheduler: Scheduler | None = None
         self._defaults: GenerationDefaults | None = None
         self._recorder: FeedbackRecorder | None = None
-        # Guards the state, what is held until it is online, and the order of retained publications.
+        # Guards the state, and what is held until it is online.
         self._lock = threading.Lock()
         self._state: State = "loading"
-        self._detail: dict[str, Any] = {}
-        self._power: PowerLevel = "normal"
-        self._status = encode_status(self._node, "loading", {})
-        self._info: bytes | None = None
         self._held: dict[Key, Admitted] = {}
-        self._retained_pending: dict[str, bytes] = {}
         self._unroutable_logged_at = -_UNROUTABLE_LOG_INTERVAL_S
-        self._stopped = threading.Event()
-        self._reporter = threading.Thread(target=self._report_metrics, name="metrics", daemon=True)
         session = Session(
             client_id=config.mqtt.client_id or f"edge_llm-{self._node}",
             subscriptions=self.topics.subscriptions(),
-            will=Outgoing(
-                self.topics.status,
-                encode_status(self._node, "offline", {}),
-                qos=1,
-                retain=True,
-                content_type=CONTENT_TYPE,
-            ),
+            will=last_will(self._node, self.topics),
             expiry_s=config.mqtt.session_expiry_s,
             receive_maximum=config.serving.max_queued,
             max_packet_bytes=max(_MIN_PACKET_BYTES, 4 * config.serving.max_payload_bytes),
         )
         self.link = MqttLink(config.mqtt, session, self._on_message, self._on_connected, metrics)
+        self._presence = Presence(self._node, self.topics, self.link, metrics)
         metrics.gauge("outgoing_waiting", lambda: self.link.backlog)
         metrics.gauge("queries_remembered", lambda: len(self._seen))
 
@@ -111,7 +99,7 @@ class Gateway:
     def start(self) -> None:
         """Connect in the background and stay connected."""
         self.link.start()
-        self._reporter.start()
+        self._presence.start(self._config.serving.metrics_interval_s)
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait until the broker has accepted us; False if it has not within ``timeout_s``."""
@@ -134,8 +122,7 @@ class Gateway:
             raise RuntimeError("bind a scheduler before going online")
         with self._lock:
             self._state = state
-            self._detail = detail
-            self._publish_status()
+            self._presence.set_state(state, detail)
             if state == "online":
                 # Under the lock: a cancel finds each of them either here or with the scheduler.
                 for admitted in self._held.values():
@@ -144,16 +131,11 @@ class Gateway:
 
     def set_power(self, level: PowerLevel) -> None:
         """Add the level of heat to the retained status, from now on."""
-        with self._lock:
-            self._power = level
-            self._publish_status()
+        self._presence.set_power(level)
 
     def publish_info(self, info: dict[str, Any]) -> None:
         """Publish what this node serves, retained, now and on every connection."""
-        with self._lock:
-            self._info = msgspec.json.encode({**info, "v": 1, "node": self._node})
-            if self.link.connected:
-                self._publish_retained(self.topics.info, self._info)
+        self._presence.set_info(info)
 
     def forget(self, erasure: Erasure) -> None:
         """Drop the answers that are kept for repeated queries, and for ratings."""
@@ -167,24 +149,13 @@ class Gateway:
         A query that has no terminal event by then stays unacknowledged: the broker keeps it for the next start.
         """
         self.set_state("offline")
-        self._stopped.set()
+        self._presence.close()
         self.link.close(timeout_s)
-
-    def _publish_status(self) -> None:
-        """With the lock held."""
-        detail = self._detail if self._power == "normal" else {**self._detail, "power": self._power}
-        self._status = encode_status(self._node, self._state, detail)
-        if self.link.connected:
-            self._publish_retained(self.topics.status, self._status)
 
     # -- from the link's thread ---------------------------------------------------------------------------------------
 
     def _on_connected(self) -> None:
-        with self._lock:
-            # The will may have replaced the status while we were away.
-            self._publish_retained(self.topics.status, self._status)
-            if self._info is not None:
-                self._publish_retained(self.topics.info, self._info)
+        self._presence.on_connected()
 
     def _on_message(self, incoming: Incoming) -> None:
         if self._state == "offline":
@@ -413,25 +384,3 @@ class Gateway:
                 on_done=lambda _delivered: self.link.acknowledge(incoming.delivery),
             )
         )
-
-    # -- publications of the node itself ------------------------------------------------------------------------------
-
-    def _publish_retained(self, topic: str, payload: bytes) -> None:
-        """Publish, unless the very same is still on its way: the link sends that again after a reconnection."""
-        if self._retained_pending.get(topic) == payload:
-            return
-        self._retained_pending[topic] = payload
-
-        def done(_delivered: bool) -> None:
-            if self._retained_pending.get(topic) == payload:
-                del self._retained_pending[topic]
-
-        self.link.publish(Outgoing(topic, payload, qos=1, retain=True, content_type=CONTENT_TYPE, on_done=done))
-
-    def _report_metrics(self) -> None:
-        while not self._stopped.wait(self._config.serving.metrics_interval_s):
-            try:
-                payload = msgspec.json.encode({"v": 1, "node": self._node, **self._metrics.snapshot()})
-                self.link.publish(Outgoing(self.topics.metrics, payload, content_type=CONTENT_TYPE))
-            except Exception:  # a gauge that fails once must not end the reports
-                log.exception("the metrics could not be published")

@@ -24,6 +24,7 @@ from edge_llm.config import PowerConfig, PrefetchConfig, cache_dir, state_dir
 from edge_llm.device.cpu import cpu_features
 from edge_llm.device.energy import AnswerEnergy, find_meter
 from edge_llm.device.power import PowerMonitor
+from edge_llm.device.sensors import SensorThread
 from edge_llm.engine.engine import MIN_CHUNK
 from edge_llm.errors import ConfigError, EdgeLlmError
 from edge_llm.metrics import Metrics
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FLUSH_TIMEOUT_S: Final = 5.0
+# A start waits so long for the meter to be found; then energy is not counted.
+_METER_TIMEOUT_S: Final = 2.0
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Caches:
     snapshots: SnapshotStore | None = None
     power: PowerMonitor = field(default_factory=lambda: PowerMonitor(PowerConfig(warm_c=None, hot_c=None)))
     energy: AnswerEnergy | None = None
+    sensors: SensorThread | None = None
     db: StateDb | None = None
     feedback: FeedbackLog | None = None
 
@@ -70,7 +74,9 @@ class Caches:
             self.lint.forget_heads()
 
     def close(self) -> None:
-        """Write what is still waiting to be written."""
+        """Write what is still waiting to be written, and read no more sensors."""
+        if self.sensors is not None:
+            self.sensors.close()
         if self.snapshots is not None:
             self.snapshots.close(_FLUSH_TIMEOUT_S)
         if self.db is not None:
@@ -92,14 +98,16 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     engine = model.engine
     tree = PrefixCache(engine.runner.cache.token_nbytes, settings.max_bytes, settings.max_entries)
     heads = _shared_prefixes(model, config) if settings.prefix else []
+    sensors = SensorThread()
     caches = Caches(
         PrefixReuse(engine, tree if settings.prefix else None, heads, metrics, enabled=settings.prefix),
         config.prefetch,
-        power=PowerMonitor(config.power, config.prefetch.on_battery),
+        power=PowerMonitor(config.power, config.prefetch.on_battery, post=sensors.post),
+        sensors=sensors,
     )
-    meter = find_meter()
+    meter = sensors.ask(find_meter, _METER_TIMEOUT_S)
     if meter is not None:
-        caches.energy = AnswerEnergy(meter, metrics)
+        caches.energy = AnswerEnergy(meter, metrics, sensors.post)
     caches.db = _open_state(config)
     if config.feedback.enabled:
         caches.feedback = FeedbackLog(caches.db, config.feedback.max_entries)

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from edge_llm.config import EngineConfig, load_config
+from edge_llm.config import load_config
 from edge_llm.device import profile
 from edge_llm.device.board import detect_board
 from edge_llm.device.profile import device_layer, device_names
-from edge_llm.device.providers import TENSORRT, _options
+from edge_llm.device.session import TENSORRT
 from edge_llm.errors import ConfigError
 from tests.device.boards import DEVICE_TREES, device_tree
 from tests.read_provider_options import OPTIONS_FILE
@@ -70,6 +69,8 @@ def test_options_are_those_that_the_provider_has(name):
         assert set(options) <= set(known[provider]), f"{name}: not in {known['source']}"
 
 
-def test_the_options_that_the_program_sets_are_known():
-    known = json.loads(OPTIONS_FILE.read_text())
-    assert set(_options(TENSORRT, EngineConfig(), Path("/cache"))) <= set(known[TENSORRT])
+@pytest.mark.parametrize("name", [name for name in BOARDS if name.startswith("jetson")])
+def test_a_jetson_keeps_engines_and_timings_by_name(name):
+    options = load_config(device_layer=device_layer(name)).engine.provider_options[TENSORRT]
+    assert options["trt_engine_cache_enable"] is options["trt_timing_cache_enable"] is True
+    assert options["trt_engine_cache_prefix"] == "edge_llm"

@@ -44,6 +44,17 @@ def test_without_room_for_a_copy_the_bundle_itself_serves(config, tmp_path, capl
     assert "no prepared copy" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["SEGV", "KILL"])
+def test_a_graph_whose_packing_crashes_is_not_loaded_in_this_process(config, tmp_path, monkeypatch, name):
+    packer = tmp_path / "python"
+    packer.write_text(f"#!/bin/sh\nkill -{name} $$\n")
+    packer.chmod(0o755)
+    monkeypatch.setattr("edge_llm.bundle.prepare.sys.executable", str(packer))
+    monkeypatch.setattr(runner, "make_session", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UnsupportedBundleError, match=rf"CPUExecutionProvider: .*is not used: .* by SIG{name}"):
+        load_model(Bundle.open(TINY), config)
+
+
 def test_a_copy_that_answers_wrongly_is_not_used(config, monkeypatch, caplog):
     verdicts = iter([False, True])
     monkeypatch.setattr(loading, "self_test", lambda model: next(verdicts))

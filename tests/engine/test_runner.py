@@ -15,8 +15,9 @@ from edge_llm.bundle import graph_io
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.device.memory import rss_bytes
 from edge_llm.engine.engine import Engine
-from edge_llm.engine.runner import Runner, bind_array
+from edge_llm.engine.runner import Runner
 from edge_llm.engine.sampler import SamplingParams
+from edge_llm.engine.tensors import bind_array
 from edge_llm.errors import ContextOverflowError, UnsupportedBundleError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from export.errors import ExportError
 from export.kit import KitOptions, make_kit
 
 TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
+DEVICE_CONFIGS = Path(__file__).parent.parent.parent / "device_configs"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 NO_INDEX = {**os.environ, "PIP_NO_INDEX": "1", "PIP_INDEX_URL": "http://127.0.0.1:9/", "PYTHON": sys.executable}
 
@@ -36,9 +38,13 @@ def unpacked(tmp_path_factory) -> Path:
     return inside
 
 
-def install(kit_folder: Path, target: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = ["sh", str(kit_folder / "install.sh"), str(target)]
-    return subprocess.run(command, env={**NO_INDEX, **environ}, capture_output=True, text=True, check=False)
+def install(kit_folder: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", str(kit_folder / "install.sh"), *map(str, arguments)]
+    return subprocess.run(command, env=NO_INDEX, capture_output=True, text=True, check=False)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_it_installs_without_an_index_and_answers(unpacked, tmp_path):
@@ -52,6 +58,57 @@ def test_it_installs_without_an_index_and_answers(unpacked, tmp_path):
     checks = {check["name"]: check for check in report["checks"]}
     assert checks["answer"]["ok"], checks["answer"]
     assert "prepared copy" in checks["answer"]["detail"]
+    # Whatever else is there is not the kit's to remove.
+    (target / "notes.txt").touch()
+    removed = install(unpacked, "--uninstall", target)
+    assert removed.returncode == 0, removed.stderr
+    assert "holds files that are not from the kit" in removed.stdout
+    assert files(target) == {"notes.txt"}
+
+
+def test_the_wheel_carries_the_units_and_the_device_files(unpacked):
+    (own,) = (unpacked / "wheels").glob("edge_llm-*.whl")
+    names = set(zipfile.ZipFile(own).namelist())
+    assert {"edge_llm/systemd/edge-llm.service", "edge_llm/systemd/edge-llm-gpu.conf"} <= names
+    assert {f"edge_llm/device_configs/{path.name}" for path in DEVICE_CONFIGS.glob("*.toml")} <= names
+
+
+def test_it_becomes_a_service_through_edge_llm_install_and_goes_again(unpacked, tmp_path):
+    root, target = tmp_path / "root", tmp_path / "opt"
+    image = ("--root", root, "--device", "x86-64")
+    # The service would not see a bundle under /tmp; what edge-llm install refuses leaves nothing.
+    refused = install(unpacked, "--service", target, "--", *image)
+    assert refused.returncode != 0
+    assert "which the service cannot see" in refused.stderr
+    assert not target.exists()
+    assert not files(tmp_path)
+
+    result = install(unpacked, "--service", target, "--", *image, "--bundle", TINY, "--node", "car7")
+    assert result.returncode == 0, result.stderr
+    unit = root / "etc/systemd/system/edge-llm.service"
+    assert unit.read_text() == (DEVICE_CONFIGS.parent / "systemd/edge-llm.service").read_text()
+    assert 'node = "car7"' in (root / "etc/edge-llm/config.toml").read_text()
+
+    removed = install(unpacked, "--uninstall", target, "--", "--root", root)
+    assert removed.returncode == 0, removed.stderr
+    assert not files(tmp_path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--remove",), "there is no --remove"),
+        (("{target}", "--", "--node", "car7"), "give --service first"),
+        (("--uninstall", "{target}"), "nothing was installed into"),
+    ],
+)
+def test_a_wrong_call_does_nothing(unpacked, tmp_path, arguments, message):
+    target = tmp_path / "opt"
+    result = install(unpacked, *(argument.format(target=target) for argument in arguments))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert not target.exists()
 
 
 def damaged(unpacked: Path, tmp_path: Path, name: str, old: str, new: str) -> Path:

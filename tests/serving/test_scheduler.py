@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import queue
 import random
 import threading
@@ -11,6 +12,7 @@ import pytest
 from edge_llm.bundle.manifest import GenerationDefaults
 from edge_llm.config import PowerConfig, ServingConfig
 from edge_llm.device.power import PowerMonitor
+from edge_llm.device.sensors import SensorThread
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.serving.caches import no_caches
 from edge_llm.serving.request import Delta, Failed, Final, Message, Request
@@ -400,3 +402,20 @@ def test_in_the_heat_one_query_at_a_time_gets_a_shorter_answer(tmp_path):
         active.append(scheduler.load["active"])
     assert max(active) == 1
     assert [inbox.wait().usage.completion_tokens for inbox in (*inboxes, long)] == [3, 3, 3, 9]
+
+
+def test_a_sensor_that_hangs_stalls_no_answer(tmp_path):
+    zone = tmp_path / "sys/class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    os.mkfifo(zone / "temp")  # nobody writes to it, so its reader hangs
+    sensors = SensorThread()
+    power = PowerMonitor(PowerConfig(interval_s=0.001), root=tmp_path, post=sensors.post)
+    engine = fake_engine(FakeRunner())
+    caches = replace(no_caches(engine), power=power, sensors=sensors)
+    scheduler = Scheduler(engine, TOKENIZER, RENDERER, GenerationDefaults(20), ServingConfig(), caches=caches)
+    scheduler.start()
+    assert [ask(scheduler, name=f"q{number}").wait().usage.completion_tokens for number in range(5)] == [20] * 5
+    scheduler.drain(1)
+    caches.close()
+    with (zone / "temp").open("w") as pipe:  # so that the thread can end
+        pipe.write("20000\n")

@@ -1,0 +1,249 @@
+"""The engines that TensorRT compiles of a graph for this very GPU: built ahead, in a process of its own, and kept.
+
+A build takes minutes. In a process of its own a crash of the builder ends nothing else, its memory is gone afterwards,
+and whoever waits can be told how far it is. The daemon's own session then finds the engines and compiles nothing.
+
+They are kept like prepared copies (edge_llm/bundle/prepare.py): keyed by what they depend on, sealed when they are
+complete, and checked by hash at every start. The provider's options used here are those of
+https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html. Never run on hardware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+import msgspec
+import onnxruntime as ort
+
+from edge_llm.bundle.files import replace_file
+from edge_llm.bundle.manifest import sha256_file
+from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
+from edge_llm.device.session import TENSORRT, Provider, make_session, session_options
+from edge_llm.errors import ConfigError, EdgeLlmError, ProviderError
+
+if TYPE_CHECKING:
+    from edge_llm.bundle.manifest import Bundle, Graph
+
+_log = logging.getLogger(__name__)
+
+ENGINE_PATTERN: Final = "*.engine"
+SEAL_FILE: Final = "engines.json"
+# How often it is told how far a build is.
+PROGRESS_S: Final = 5.0
+_FAILED_STATUS: Final = 3
+_COMMAND: Final = (sys.executable, "-m", "edge_llm.bundle.tensorrt_engines")
+# These follow from the settings' cache_dir.
+_OWN_PATHS: Final = ("trt_engine_cache_path", "trt_timing_cache_path", "trt_ep_context_file_path")
+_PREFIX: Final = "trt_engine_cache_prefix"
+
+
+class Progress(NamedTuple):
+    """How far a build is.
+
+    Attributes:
+        elapsed_s: since it began.
+        engines: that are there.
+        graphs: of each of which one engine is made, if TensorRT takes it as a whole.
+    """
+
+    elapsed_s: float
+    engines: int
+    graphs: int
+
+
+OnProgress: TypeAlias = Callable[[Progress], None]
+
+
+class _Request(msgspec.Struct, frozen=True):
+    """What the building process is asked for."""
+
+    graphs: list[str]
+    options: dict[str, str]
+
+
+class _Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Written last: SHA-256 of each engine, by the name of its file."""
+
+    name: str
+    target: str
+    sha256: dict[str, str]
+
+
+class TensorrtEngines:
+    """The engines of one graph of a bundle, which are two of a static form.
+
+    Args:
+        bundle: an opened bundle, whose files have been verified.
+        graph: one of its graphs.
+        provider: TensorRT with the options of the settings. Engines and timings are kept unless these say otherwise.
+        cache_dir: where engines live; those of each graph and set of options have a folder of their own.
+
+    Attributes:
+        provider: the same with its paths, for the session that is to find what is kept.
+
+    Raises:
+        ConfigError: the options name a path.
+    """
+
+    def __init__(self, bundle: Bundle, graph: Graph, provider: Provider, cache_dir: Path) -> None:
+        _check_options(provider)
+        options = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", **provider.options}
+        self._folder = cache_dir / "tensorrt" / _key(bundle, graph, options)
+        self._names = (bundle.manifest.name, graph.target)
+        # What else there is, is a data file, which lies beside them.
+        graphs = (graph.file,) if graph.prefill_file is None else (graph.file, graph.prefill_file)
+        self._graphs = [bundle.path / name for name in graphs]
+        self._kept = _is_on(options, "trt_engine_cache_enable")
+        options["trt_timing_cache_path"] = str(self._folder)
+        if _is_on(options, "trt_dump_ep_context_model"):
+            # Engines then go beside the context model; the provider takes no whole path for them.
+            options["trt_ep_context_file_path"] = str(self._folder)
+        else:
+            options["trt_engine_cache_path"] = str(self._folder)
+        self.provider = Provider(provider.name, options)
+
+    def prepare(self, on_progress: OnProgress) -> bool:
+        """See that the engines are there and whole. True if they have been built just now.
+
+        Args:
+            on_progress: told at the beginning of a build, and every few seconds until it ends.
+
+        Raises:
+            ProviderError: they cannot be built; the message says why.
+        """
+        if not self._kept or self._intact():
+            return False
+        self.discard()
+        _log.info("building TensorRT engines, which takes minutes", extra={"path": str(self._folder)})
+        started = time.monotonic()
+        try:
+            self._folder.mkdir(parents=True)
+            self._build(on_progress)
+            self._seal()
+        except OSError as error:
+            self.discard()
+            raise ProviderError(f"engines cannot be kept in {self._folder}: {error.strerror}") from None
+        except BaseException:
+            self.discard()
+            raise
+        _log.info("TensorRT engines are built", extra={"build_s": round(time.monotonic() - started, 1)})
+        return True
+
+    def discard(self) -> bool:
+        """Forget what is kept, so that it is built anew. False if there is nothing."""
+        there = self._folder.exists()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return there
+
+    def _intact(self) -> bool:
+        try:
+            seal = msgspec.json.decode((self._folder / SEAL_FILE).read_bytes(), type=_Seal)
+            return all(sha256_file(self._folder / name) == digest for name, digest in seal.sha256.items())
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            return False
+
+    def _seal(self) -> None:
+        hashes = {path.name: sha256_file(path) for path in self._folder.glob(ENGINE_PATTERN)}
+        # None of them, if the provider's library could not be loaded: the session that follows says so.
+        if hashes:
+            replace_file(self._folder / SEAL_FILE, msgspec.json.encode(_Seal(*self._names, hashes)))
+            self._remove_stale()
+
+    def _remove_stale(self) -> None:
+        """Delete old engines of the same bundle and target but one, which is kept for going back to it."""
+        others = []
+        for folder in self._folder.parent.iterdir():
+            # Another daemon may be tidying up here, too.
+            with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
+                seal = msgspec.json.decode((folder / SEAL_FILE).read_bytes(), type=_Seal)
+                if folder != self._folder and (seal.name, seal.target) == self._names:
+                    others.append((folder.stat().st_mtime, folder))
+        for _, folder in sorted(others)[:-1]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _build(self, on_progress: OnProgress) -> None:
+        """Have the sessions made in another process. Raises ``ProviderError`` with its reason."""
+        graphs = [str(path.resolve()) for path in self._graphs]
+        request: bytes | None = msgspec.json.encode(_Request(graphs, dict(self.provider.options)))
+        limit_s = BUILD_TIMEOUT_S * len(graphs)
+        started = time.monotonic()
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        with subprocess.Popen(_COMMAND, stdin=pipe, stdout=nowhere, stderr=pipe) as process:
+            try:
+                while True:
+                    elapsed_s = time.monotonic() - started
+                    if elapsed_s > limit_s:
+                        raise ProviderError(f"building its engines did not end within {limit_s} s")
+                    on_progress(Progress(round(elapsed_s, 1), self._engines(), len(graphs)))
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        _, errors = process.communicate(request, timeout=PROGRESS_S)
+                        break
+                    request = None  # it has been taken
+            finally:
+                # A stop of the daemon does not wait for a build.
+                process.kill()
+        if process.returncode:
+            raise ProviderError(f"its engines could not be built: {_reason(process.returncode, errors)}")
+
+    def _engines(self) -> int:
+        return len(list(self._folder.glob(ENGINE_PATTERN)))
+
+
+def _check_options(provider: Provider) -> None:
+    for name in _OWN_PATHS:
+        if name in provider.options:
+            raise ConfigError(
+                f"engine.provider_options.{TENSORRT}.{name}: leave it out, engines are kept under cache_dir"
+            )
+    if Path(provider.options.get(_PREFIX, "")).name != provider.options.get(_PREFIX, ""):
+        raise ConfigError(f"engine.provider_options.{TENSORRT}.{_PREFIX}: a name, not a path")
+
+
+def _is_on(options: Mapping[str, str], name: str) -> bool:
+    return options.get(name, "0") in ("1", "true", "True")
+
+
+def _key(bundle: Bundle, graph: Graph, options: dict[str, str]) -> str:
+    parts = (bundle.digest, graph.target, ort.__version__, *(f"{key}={options[key]}" for key in sorted(options)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _reason(status: int, errors: bytes) -> str:
+    lines = errors.decode(errors="replace").strip().splitlines()
+    if status == _FAILED_STATUS and lines:
+        return lines[-1]
+    return f"the process ended with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+
+
+def _make_sessions(graphs: Sequence[str], options: dict[str, str]) -> None:
+    """The child's part: every session compiles the engine of its graph and leaves it where the options say."""
+    for graph in graphs:
+        make_session(Path(graph), session_options(threads=0), Provider(TENSORRT, options))
+
+
+def main() -> int:
+    """What the process does that is asked for on its standard input."""
+    # Should memory run out, the kernel is to end this process, not the daemon that waits for it (proc(5)).
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
+    try:
+        _make_sessions(request.graphs, request.options)
+    except EdgeLlmError as error:
+        os.write(2, f"{error}\n".encode())
+        return _FAILED_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
