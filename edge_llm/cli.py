@@ -105,7 +105,27 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_kept(commands)
+    _add_bundles(commands)
     return parser
+
+
+def _add_bundles(commands: Any) -> None:
+    """The commands about the bundles of this device."""
+    about_bundles = "the bundles of this device, side by side, and which one is served"
+    bundle = commands.add_parser("bundle", help=about_bundles, description=about_bundles.capitalize())
+    bundle_commands = bundle.add_subparsers(required=True, metavar="COMMAND")
+    install = _command(bundle_commands, "install", _bundle_install, "check a bundle and copy it into the store")
+    install.add_argument("source", type=Path, metavar="PATH", help="a folder, or a .tar, .tar.gz or .zip of one")
+    install.add_argument("--activate", action="store_true", help="and serve it from now on")
+    listing = _command(bundle_commands, "list", _bundle_list, "show what is installed, and how each did")
+    listing.add_argument("--json", action="store_true")
+    activate = _command(
+        bundle_commands, "activate", _bundle_activate, "serve another one, if it answers its health prompt"
+    )
+    _command(bundle_commands, "rollback", _bundle_rollback, "serve the one before again")
+    remove = _command(bundle_commands, "remove", _bundle_remove, "delete one that is not current")
+    for parser in (activate, remove):
+        parser.add_argument("name", metavar="BUNDLE", help="its name, NAME@VERSION, or how its hash begins")
 
 
 def _add_kept(commands: Any) -> None:
@@ -139,7 +159,7 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
     settings = parser.add_argument_group("settings", "each overrides the environment, the config and the device file")
     settings.add_argument("--config", metavar="FILE", help="a TOML config file")
     settings.add_argument("--device", metavar="NAME", help="a device file by name (default: detect)")
-    settings.add_argument("--bundle", metavar="DIR", help="the bundle folder (default: the one that came along)")
+    settings.add_argument("--bundle", metavar="DIR", help="the bundle folder (default: the current one)")
     settings.add_argument("--host", help="the broker's host (mqtt.host)")
     settings.add_argument("--port", type=int, help="the broker's port (mqtt.port)")
     settings.add_argument("--node", help="this device's name in the topics (mqtt.node)")
@@ -195,9 +215,9 @@ def _assign(flags: dict[str, Any], assignment: str) -> None:
 
 def _bundle_of(config: Config) -> Any:
     from edge_llm.bundle.manifest import Bundle
-    from edge_llm.bundle.shipped import shipped_bundle
+    from edge_llm.bundle.shipped import bundle_folder
 
-    return Bundle.open(config.bundle or shipped_bundle(), config.bundle_keys)
+    return Bundle.open(bundle_folder(config), config.bundle_keys)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -205,7 +225,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     config = settings(args)
     configure_logging(config.log_level, config.log_format, private=config.privacy == "strict")
-    return serve(config, _bundle_of(config))
+    return serve(config, None if config.bundle is None else _bundle_of(config))
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -253,12 +273,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from edge_llm.bundle.shipped import shipped_bundle
+    from edge_llm.bundle.shipped import bundle_folder
     from edge_llm.verify_command import verify_bundle
 
     config = settings(args)
     try:
-        print(verify_bundle(config.bundle or shipped_bundle(), args.public_key or config.bundle_keys))
+        print(verify_bundle(bundle_folder(config), args.public_key or config.bundle_keys))
     except BundleError as error:
         print(f"edge-llm: {error}", file=sys.stderr)
         return 1
@@ -368,6 +388,59 @@ def _feedback_clear(args: argparse.Namespace) -> int:
     if removed is None:
         raise ConfigError("the feedback could not be removed: the state file is in use or cannot be written")
     print(f"removed {removed} feedback entries")
+    return 0
+
+
+def _bundle_install(args: argparse.Namespace) -> int:
+    from edge_llm.bundle_command import activate_bundle, install_bundle
+
+    configure_logging("error", "text")
+    config = settings(args)
+    digest, said = install_bundle(config, args.source)
+    print(said, flush=True)
+    return _say(activate_bundle(config, digest)) if args.activate else 0
+
+
+def _bundle_list(args: argparse.Namespace) -> int:
+    from edge_llm.bundle_command import format_list, list_bundles
+
+    configure_logging("warning", "text")
+    config = settings(args)
+    listed = list_bundles(config)
+    print(msgspec.json.encode({"bundles": listed}).decode() if args.json else format_list(listed, config))
+    return 0
+
+
+def _bundle_activate(args: argparse.Namespace) -> int:
+    from edge_llm.bundle_command import activate_bundle
+
+    configure_logging("error", "text")
+    return _say(activate_bundle(settings(args), args.name))
+
+
+def _bundle_rollback(args: argparse.Namespace) -> int:
+    from edge_llm.bundle_command import roll_back
+
+    configure_logging("error", "text")
+    return _say(roll_back(settings(args)))
+
+
+def _bundle_remove(args: argparse.Namespace) -> int:
+    from edge_llm.bundle_command import remove_bundle
+
+    configure_logging("error", "text")
+    print(remove_bundle(settings(args), args.name))
+    return 0
+
+
+def _say(lines: Iterable[str]) -> int:
+    """Print what a command does, as it does it; 1 if the bundle is not served in the end."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BundleError as error:
+        print(f"edge-llm: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -33,7 +33,8 @@ NAME_PATTERN: Final = "^[A-Za-z0-9_-]{1,64}$"
 
 Count = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Seconds = Annotated[float, Meta(gt=0)]
+# At most a year: no clock takes infinity.
+Seconds = Annotated[float, Meta(gt=0, le=366 * 86_400)]
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 
 
@@ -45,7 +46,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 _TARGETS: Final[dict[str, tuple[str, ...]]] = {
     "CPUExecutionProvider": ("cpu-int8", "cpu-fp32"),
     "CUDAExecutionProvider": ("cuda",),
-    "TensorrtExecutionProvider": ("tensorrt", "tensorrt-primitive"),
+    "TensorrtExecutionProvider": ("tensorrt-int8", "tensorrt", "tensorrt-primitive"),
 }
 
 
@@ -197,10 +198,15 @@ class Config(_Strict, frozen=True):
     ``cache_dir`` holds what can be made again (prepared copies, prefixes), ``state_dir`` the users' words and answers.
     ``bundle_keys`` are PEM files of Ed25519 public keys: if there are any, a bundle is used only if one of them has
     signed it. ``privacy`` strict keeps nothing that users say on disk or in the log.
+
+    Without ``bundle`` the current one of ``bundle_store`` is served (default: ``bundles`` under the state folder); a
+    bundle that is activated there has to answer its health prompt within ``activation_timeout_s``.
     """
 
     bundle: str | None = None
     bundle_keys: tuple[str, ...] = ()
+    bundle_store: str | None = None
+    activation_timeout_s: Seconds = 600.0
     privacy: Literal["normal", "strict"] = "normal"
     cache_dir: str | None = None
     state_dir: str | None = None
@@ -270,7 +276,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, not UTF-8, a number too long, nested too deeply
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     return table
 
@@ -300,6 +306,11 @@ def state_dir(config: Config) -> Path:
     if systemd_dir := os.environ.get("STATE_DIRECTORY"):
         return Path(systemd_dir.split(":")[0])
     return cache_dir(config)
+
+
+def bundle_store_dir(config: Config) -> Path:
+    """Where installed bundles lie side by side: the setting, or a folder under the state folder."""
+    return state_dir(config) / "bundles" if config.bundle_store is None else Path(config.bundle_store)
 
 
 def user_cache_dir() -> Path:

@@ -7,36 +7,29 @@ let through once the model has generated its first token.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
-import platform
 import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-import onnxruntime as ort
-
-from edge_llm import __version__
 from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
+from edge_llm.bundle.store import BundleStore
 from edge_llm.cache.erasure import ErasureNotices
-from edge_llm.config import state_dir
+from edge_llm.config import bundle_store_dir, state_dir
 from edge_llm.device.memory import limit_malloc_arenas
-from edge_llm.engine.loading import LoadedModel, load_model
+from edge_llm.errors import BundleError
 from edge_llm.metrics import Metrics
-from edge_llm.mqtt.feedback import FeedbackRecorder
 from edge_llm.mqtt.gateway import Gateway
+from edge_llm.node import Node
 from edge_llm.notify import Notifier, Watchdog, watchdog_timeout_s
-from edge_llm.serving.caches import Caches, open_caches
-from edge_llm.serving.failover import Failover
-from edge_llm.serving.scheduler import Scheduler
+from edge_llm.updating import StoreStart, Updater
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from edge_llm.bundle.manifest import Bundle
     from edge_llm.config import Config
-    from edge_llm.domain.schema import DomainSchema
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +43,12 @@ class _StopRequested(BaseException):
     """A signal came while the model was being prepared or loaded; not an ``Exception``, so that nothing swallows it."""
 
 
-def serve(config: Config, bundle: Bundle) -> int:
+def serve(config: Config, bundle: Bundle | None = None) -> int:
     """Answer queries until SIGTERM or SIGINT; returns the exit status.
+
+    Args:
+        config: the settings.
+        bundle: what to serve; None is what the bundle store says, which is followed from then on.
 
     Raises:
         BundleError: the bundle cannot be served here.
@@ -61,56 +58,102 @@ def serve(config: Config, bundle: Bundle) -> int:
     metrics = Metrics()
     notices = ErasureNotices(state_dir(config))
     gateway = Gateway(config, metrics)
+    # After the settings have been found good: a bundle is not to blame for them.
+    store = None if bundle is not None else BundleStore(bundle_store_dir(config))
+    start = None if store is None else StoreStart(store, config, metrics)
+    first = bundle if start is None else start.bundle()
+    assert first is not None
     notifier = Notifier.from_environ(os.environ)
 
-    def report(state: Any) -> None:
-        gateway.set_state(state, bundle=bundle.manifest.name)
-        notifier.status(f"{state} {bundle.manifest.name}")
+    def report(state: Any, about: Bundle, **detail: Any) -> None:
+        gateway.set_state(state, bundle=about.manifest.name, **detail)
+        notifier.status(" ".join((state, about.manifest.name, *(f"{key}={value}" for key, value in detail.items()))))
         if state == "preparing":
             notifier.extend_start(BUILD_TIMEOUT_S + _LOAD_TIMEOUT_S)
 
+    node = Node(config, gateway, metrics, report)
     with _stop_signals() as stop:
         try:
-            report("loading")
+            report("loading", first)
             gateway.start()
-            scheduler, caches = _start_scheduler(config, bundle, gateway, metrics, report)
+            _start_first(node, start, first)
             stop.arm()
         except _StopRequested:
             notifier.stopping("stopped while loading")
             gateway.close(CLOSE_TIMEOUT_S)
+            if start is not None:
+                start.ready()
             return 0
         except BaseException:
             gateway.close(CLOSE_TIMEOUT_S)
             raise
 
-        def forget_erased() -> None:
-            for erasure in notices.poll():
-                gateway.forget(erasure)
-                scheduler.forget(erasure)
-                caches.forget_users()
+        updater = None if store is None else Updater(store, config, node, metrics, stop.hurry)
 
-        _watch(stop, notifier, gateway, scheduler, forget_erased)
+        def tick() -> None:
+            for erasure in notices.poll():
+                node.forget(erasure)
+            _update(updater, stop)
+
+        try:
+            _watch(stop, notifier, node, gateway, tick)
+        except BaseException:
+            # Neither the new bundle nor the old one can be loaded: a new start may do better.
+            gateway.close(CLOSE_TIMEOUT_S)
+            raise
         _log.info("stopping: finishing what was accepted; a second signal cuts it short")
         notifier.stopping("draining")
-        gateway.set_state("draining")
-        if not scheduler.drain(config.serving.drain_timeout_s, hurry=stop.hurry):
+        if updater is not None:
+            updater.close()
+        if not node.drain(config.serving.drain_timeout_s, stop.hurry):
             _log.warning("some queries did not finish and were cancelled")
         gateway.close(CLOSE_TIMEOUT_S)
-        caches.close()
+        node.close()
     return 0
 
 
-def _watch(
-    stop: _StopFlag, notifier: Notifier, gateway: Gateway, scheduler: Scheduler, forget_erased: Callable[[], None]
-) -> None:
-    """Tell systemd that we serve, and that our threads move, until a signal comes; forget whom we are told to."""
-    heartbeats = {"mqtt-link": gateway.link.heartbeat, "engine": scheduler.heartbeat}
-    watchdog = Watchdog(notifier, heartbeats, watchdog_timeout_s(os.environ))
+def _start_first(node: Node, start: StoreStart | None, bundle: Bundle) -> None:
+    """Load the first bundle that can be served. Raises as ``load_model`` does, for the last one that there is."""
+    while True:
+        try:
+            model = node.load(bundle)
+            break
+        except BundleError as reason:
+            if start is None:
+                raise
+            start.roll_back(reason)
+            bundle = start.bundle()
+    if start is not None and start.update is not None:
+        node.set_update(start.update)
+    node.start(model)
+    if start is not None:
+        start.ready()
+
+
+def _update(updater: Updater | None, stop: _StopFlag) -> None:
+    again = stop.reload.is_set()
+    stop.reload.clear()
+    if updater is not None:
+        updater.tick(again=again)
+    elif again:
+        _log.info("nothing to reload: the bundle was named, so the store is not followed")
+
+
+def _watch(stop: _StopFlag, notifier: Notifier, node: Node, gateway: Gateway, act: Callable[[], None]) -> None:
+    """Tell systemd that we serve, and that our threads move, until a signal comes; ``act`` now and then."""
+    timeout_s = watchdog_timeout_s(os.environ)
+    heartbeats = node.heartbeats
+    watchdog = Watchdog(notifier, heartbeats, timeout_s)
 
     def tick() -> None:
+        nonlocal heartbeats, watchdog
+        if heartbeats != node.heartbeats:
+            # Another engine has come, or one has gone.
+            heartbeats = node.heartbeats
+            watchdog = Watchdog(notifier, heartbeats, timeout_s)
         watchdog.tick()
         notifier.status(_status(gateway))
-        forget_erased()
+        act()
 
     # The model has answered; the broker may come later.
     notifier.ready(_status(gateway))
@@ -121,115 +164,17 @@ def _status(gateway: Gateway) -> str:
     return "online" if gateway.link.connected else f"online; {gateway.link.trouble or 'connecting to the broker'}"
 
 
-def _start_scheduler(
-    config: Config, bundle: Bundle, gateway: Gateway, metrics: Metrics, report: Callable[[str], None]
-) -> tuple[Scheduler, Caches]:
-    model = load_model(bundle, config, on_state=report)
-    generation = bundle.manifest.generation
-    caches = open_caches(model, config, metrics)
-    if model.domain is not None:
-        model.domain.values = gateway.state_values
-    scheduler = Scheduler(
-        model.engine, model.tokenizer, model.renderer, generation, config.serving, caches=caches, domain=model.domain
-    )
-    caches.power.on_change = gateway.set_power
-    metrics.gauge("temperature_c", lambda: caches.power.temperature_c)
-    for name in ("queued", "active", "sessions"):
-        metrics.gauge(name, lambda name=name: scheduler.load[name])  # type: ignore[misc]
-    # What has been loaded stays: the collector need not look at it again, which would cost milliseconds each time.
-    gc.collect()
-    gc.freeze()
-    scheduler.start(Failover(model, caches, lambda found: gateway.publish_info(_info(found, config))))
-    recorder = None if caches.feedback is None else FeedbackRecorder(caches.feedback)
-    gateway.bind(scheduler, generation, recorder)
-    gateway.publish_info(_info(model, config))
-    gateway.set_state("online", bundle=bundle.manifest.name)
-    _log.info(
-        "online",
-        extra={
-            "bundle": f"{bundle.manifest.name} {bundle.manifest.version}",
-            "provider": model.provider.name,
-            "prepared": model.prepared,
-            "load_s": round(model.load_s, 3),
-            "broker": f"{config.mqtt.host}:{config.mqtt.port}",
-        },
-    )
-    return scheduler, caches
-
-
-def _info(model: LoadedModel, config: Config) -> dict[str, Any]:
-    """The retained info document."""
-    manifest = model.bundle.manifest
-    quality = next((entry for entry in manifest.quality if entry.target == model.provider.target), None)
-    return {
-        "bundle": {
-            "name": manifest.name,
-            "version": manifest.version,
-            "digest": model.bundle.digest,
-            "source": manifest.source,
-            "license": manifest.license,
-            "architecture": manifest.model.architecture,
-            "target": model.provider.target,
-            "quality": None
-            if quality is None
-            else {
-                "reference": manifest.reference,
-                "perplexity_ratio": quality.perplexity_ratio,
-                "max_perplexity_ratio": quality.max_perplexity_ratio,
-            },
-        },
-        "provider": {"used": model.provider.name, "refused": model.provider.refused, "prepared": model.prepared},
-        "device": config.device,
-        "limits": {
-            "context": manifest.model.max_seq_len,
-            "slots": config.engine.slots,
-            "max_queued": config.serving.max_queued,
-            "max_queued_per_user": config.serving.max_queued_per_user,
-            "max_payload_bytes": config.serving.max_payload_bytes,
-            "max_tokens": config.serving.max_tokens,
-        },
-        "features": _features(config, model),
-        "domain": None if model.domain is None else _domain_info(model.domain.schema),
-        "versions": {
-            "edge_llm": __version__,
-            "contract": 1,
-            "onnxruntime": ort.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _domain_info(schema: DomainSchema) -> dict[str, Any]:
-    """What the host may be asked to do, and the values that it should publish."""
-    return {
-        "name": schema.name,
-        "version": schema.version,
-        "actions": {action.name: list(action.slots) for action in schema.actions},
-        "state": list(schema.state),
-    }
-
-
-def _features(config: Config, model: LoadedModel) -> list[str]:
-    optional = {
-        "partials": config.cache.prefix and config.prefetch.partials,
-        "speculation": config.cache.prefix and config.prefetch.speculation,
-        "response_cache": config.cache.responses,
-    }
-    always = ["stream", "cancel", "supersedes", "priority", "deadline", "pool"]
-    # A domain model answers each query by itself.
-    always += ["session"] if model.domain is None else ["actions"]
-    return always + [name for name, used in optional.items() if used]
-
-
 class _StopFlag:
     """Set by a signal. Until it is armed, a signal interrupts whatever the main thread is doing.
 
     Attributes:
         hurry: set by a second signal.
+        reload: set by SIGHUP.
     """
 
     def __init__(self) -> None:
         self.hurry = threading.Event()
+        self.reload = threading.Event()
         self._event = threading.Event()
         self._armed = False
 
@@ -247,6 +192,9 @@ class _StopFlag:
     def handle(self, signal_number: int, _frame: Any) -> None:
         """The signal handler."""
         _log.info("received %s", signal.Signals(signal_number).name)
+        if signal_number == signal.SIGHUP:
+            self.reload.set()
+            return
         if self._event.is_set():
             self.hurry.set()
         self._event.set()
@@ -258,7 +206,7 @@ class _StopFlag:
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[_StopFlag]:
     flag = _StopFlag()
-    before = {number: signal.signal(number, flag.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, flag.handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield flag
     finally:

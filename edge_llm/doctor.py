@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from edge_llm import __version__
 from edge_llm.bundle.manifest import Bundle
-from edge_llm.bundle.shipped import shipped_bundle
+from edge_llm.bundle.shipped import bundle_folder
 from edge_llm.cache_command import recent_finding
 from edge_llm.config import load_config
 from edge_llm.device.board import detect_board
@@ -57,12 +57,12 @@ def run_doctor(config: Config) -> Iterator[Check]:
     yield _guarded("broker", lambda: _broker(config))
     yield _prefix(config)
     try:
-        bundle_folder = config.bundle or str(shipped_bundle())
+        folder = str(bundle_folder(config))
     except BundleNotFoundError as error:
         yield Check("bundle", False, str(error))
         return
-    yield _guarded("bundle", lambda: _bundle(bundle_folder, config))
-    yield _guarded("answer", lambda: _answer(bundle_folder, config))
+    yield _guarded("bundle", lambda: _bundle(folder, config))
+    yield _guarded("answer", lambda: _answer(folder, config))
 
 
 def check_device_files() -> Iterator[Check]:

@@ -7,6 +7,7 @@
     │   ├── ManifestError         manifest.json is missing, malformed or of another format version
     │   ├── BundleIntegrityError  a file's size or hash is not the manifest's, or it asks for files of others
     │   ├── BundleSignatureError  it is not signed, or not by a trusted key
+    │   ├── BundleHealthError     it does not answer its health prompt, or not in time
     │   └── UnsupportedBundleError  this runtime or machine lacks what the bundle needs
     │       └── ProviderError     an execution provider cannot run a graph here
     ├── MemoryPlanError           the machine has less memory than the settings need
@@ -53,6 +54,10 @@ class BundleIntegrityError(BundleError):
 
 class BundleSignatureError(BundleError):
     """The bundle is not signed, or the signature is of none of the trusted keys."""
+
+
+class BundleHealthError(BundleError):
+    """The bundle does not answer its health prompt: loading it ends the process, or takes too long."""
 
 
 class UnsupportedBundleError(BundleError):

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"cli", "__main__"},
     {"daemon", "demo", "ask", "doctor", "bench", "tune"}
-    | {"cache_command", "feedback_command", "install_command", "verify_command"},
+    | {"bundle_command", "cache_command", "feedback_command", "install_command", "verify_command"},
+    {"updating"},
+    {"node"},
     {"local_broker", "installation"},
     {"unit_files"},
     {"mqtt", "serving"},

@@ -42,6 +42,10 @@ def test_an_environment_list_is_written_with_commas():
         ('[mqtt]\nnode = "a/b"', "(at mqtt.node)"),
         ("surprise = 1", "unknown field `surprise`"),
         ("[engine", "not valid TOML"),
+        (f"a = {'[' * 100_000}", "not valid TOML"),
+        (f"a = {'9' * 5000}", "not valid TOML"),
+        ("[serving]\ndrain_timeout_s = inf", "(at serving.drain_timeout_s)"),
+        ("[serving]\nmetrics_interval_s = nan", "(at serving.metrics_interval_s)"),
     ],
 )
 def test_a_wrong_file_names_itself_and_the_key(tmp_path, text, message):

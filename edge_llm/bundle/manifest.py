@@ -38,7 +38,8 @@ QUALITY_FILE: Final = "quality.json"
 MAX_MANIFEST_BYTES: Final = 4 << 20
 # Files that are read as a whole, by name; domain.json has its bound in edge_llm/domain/schema.py.
 _MAX_BYTES: Final = {TOKENIZER_FILE: 128 << 20, QUALITY_FILE: 4 << 20}
-_PATH_PATTERN: Final = re.compile(r"(graphs/[a-z0-9-]{1,64}/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_MAX_LABEL_CHARACTERS: Final = 200
+PATH_PATTERN: Final = re.compile(r"(graphs/[a-z0-9-]{1,64}/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 # Above what any model has; a loop over it still ends.
 PositiveInt = Annotated[int, Meta(ge=1, le=1 << 24)]
@@ -306,9 +307,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def _check_consistency(manifest: Manifest) -> None:
+    for label in (manifest.name, manifest.version, *(graph.target for graph in manifest.graphs)):
+        # They are shown on terminals, and stand in the unit's drop-in: a line break would make a line of its own.
+        if not label.isprintable() or len(label) > _MAX_LABEL_CHARACTERS:
+            raise ManifestError(f"manifest.json holds the name {label[:80]!r}: names are short and printable")
     names = [entry.path for entry in manifest.files]
     for name in names:
-        if not _PATH_PATTERN.fullmatch(name) or ".." in name:
+        if not PATH_PATTERN.fullmatch(name) or ".." in name:
             raise ManifestError(
                 f"manifest.json names the file {name!r}: only flat names and graphs/<target>/ are allowed"
             )

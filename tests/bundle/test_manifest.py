@@ -111,6 +111,15 @@ def test_only_flat_names_are_allowed(path):
         decode_manifest(changed(files=files))
 
 
+@pytest.mark.parametrize("label", ["a\nExecStartPre=/bin/sh", "\x1b[2J", "a\u2028b", "x" * 201])
+@pytest.mark.parametrize("field", ["name", "version", "target"])
+def test_names_that_are_shown_are_short_and_printable(field, label):
+    graphs = json.loads(RAW)["graphs"]
+    raw = changed(graphs=[graphs[0] | {"target": label}]) if field == "target" else changed(**{field: label})
+    with pytest.raises(ManifestError, match="short and printable"):
+        decode_manifest(raw)
+
+
 def test_an_unknown_target_names_the_known_ones():
     with pytest.raises(ManifestError, match="it has: cpu-int8, cpu-fp32"):
         decode_manifest(RAW).graph("cuda")

@@ -11,12 +11,12 @@ import pytest
 
 from edge_llm.bundle.manifest import Bundle, FileEntry, decode_manifest, encode_manifest
 from edge_llm.config import Config, EngineConfig
-from edge_llm.daemon import _info
 from edge_llm.domain.sampler import DomainSampler
 from edge_llm.domain.schema import DOMAIN_FILE, encode_domain
 from edge_llm.engine.loading import LoadedModel, load_model
 from edge_llm.engine.sampler import SamplingParams
 from edge_llm.errors import BundleIntegrityError, BundleNotFoundError, ManifestError
+from edge_llm.node import info_document
 from tests.domain.pack import SCHEMA, prompt
 
 TINY = Path(__file__).parent.parent / "data" / "tiny_bundle"
@@ -67,7 +67,7 @@ def test_a_domain_bundle_is_loaded_with_its_grammar(tmp_path):
         answer.finish()
         assert answer.kind == model.domain.grammar.kinds[state.output_ids[0]]
         assert answer.dropped_actions == 0
-    info = _info(model, config)
+    info = info_document(model, config)
     assert info["domain"]["actions"]["window.move"] == ["which", "action"]
     assert (info["domain"]["name"], info["domain"]["state"]) == ("car", ["range_km", "place_now"])
     assert "actions" in info["features"]
@@ -78,7 +78,7 @@ def test_a_domain_bundle_is_loaded_with_its_grammar(tmp_path):
 def test_a_bundle_that_just_writes_has_none(tmp_path):
     model, config = load(TINY, tmp_path)
     assert model.domain is None
-    info = _info(model, config)
+    info = info_document(model, config)
     assert info["domain"] is None
     assert "session" in info["features"]
 

@@ -22,7 +22,9 @@ from typing import Any
 
 from edge_llm.bundle import prepare
 from edge_llm.bundle.files import replace_file
+from edge_llm.bundle.incoming import install
 from edge_llm.bundle.manifest import Bundle
+from edge_llm.bundle.store import BundleStore
 from edge_llm.cache.response_cache import CachedResponse, ResponseCache
 from edge_llm.cache.state_db import StateDb
 from tests.paths import TINY_BUNDLE
@@ -115,7 +117,54 @@ def _answer(age: str, number: int) -> CachedResponse:
     return CachedResponse(f"{age} {number} " * 50, "stop", 3, 4)
 
 
-WRITERS = {"replace": replace, "prepare": prepare_copy, "state": state}
+def install_bundle(folder: Path, power: Power, _model: Path) -> None:
+    power.guard()
+    install(BundleStore(folder / "store"), TINY_BUNDLE)
+
+
+def activate_bundle(folder: Path, power: Power, _model: Path) -> None:
+    """As a switch and the next start do it: asked for, committed, started, ready."""
+    store = BundleStore(folder / "store")
+    store.activated("a" * 64)
+    power.keep()
+    power.guard()
+    store.want("b" * 64)
+    store.activated("b" * 64)
+    store.begin_start(None)
+    store.end_start()
+
+
+def roll_back_bundle(folder: Path, power: Power, _model: Path) -> None:
+    store = BundleStore(folder / "store")
+    for digest in ("a" * 64, "b" * 64):
+        store.path(digest).mkdir(parents=True)
+        store.activated(digest)
+    for _ in range(3):
+        store.begin_start(None)
+    power.keep()
+    power.guard()
+    store.begin_start(None)
+
+
+def remove_bundle(folder: Path, power: Power, _model: Path) -> None:
+    store = BundleStore(folder / "store")
+    bundle, _ = install(store, TINY_BUNDLE)
+    store.activated(bundle.digest)
+    store.activated("b" * 64)
+    power.keep()
+    power.guard()
+    store.remove(bundle.digest)
+
+
+WRITERS = {
+    "install": install_bundle,
+    "activate": activate_bundle,
+    "roll_back": roll_back_bundle,
+    "remove": remove_bundle,
+    "replace": replace,
+    "prepare": prepare_copy,
+    "state": state,
+}
 
 
 def main(writer: str, folder: Path, model: Path) -> None:
