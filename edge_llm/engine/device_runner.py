@@ -1,7 +1,7 @@
 """``Runner`` on a GPU: the cache, what a step reads and what it writes stay on the device, at fixed addresses.
 
-A token costs a few bytes up (its id, its position), one run, which ends when the device has done it, and a few bytes
-down (the next id). A row of logits is fetched only when a sampler asks for it. Nothing else is waited for.
+A token costs two or three small copies up (its id, the length, its position), one run, which ends when the device has
+done it, and one small copy down (the next id); each is waited for. A row of logits is fetched only when a sampler asks.
 
 With the CUDA provider's option ``enable_cuda_graph`` a decode step is captured the first time and replayed from then
 on. What that asks for is in docs/architecture.md; export/graph/check.py sees to the graph's part.

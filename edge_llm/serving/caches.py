@@ -98,6 +98,8 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     engine = model.engine
     tree = PrefixCache(engine.runner.cache.token_nbytes, settings.max_bytes, settings.max_entries)
     heads = _shared_prefixes(model, config) if settings.prefix else []
+    # First, for it may refuse the settings.
+    db = _open_state(config)
     sensors = SensorThread()
     caches = Caches(
         PrefixReuse(engine, tree if settings.prefix else None, heads, metrics, enabled=settings.prefix),
@@ -108,7 +110,7 @@ def open_caches(model: LoadedModel, config: Config, metrics: Metrics) -> Caches:
     meter = sensors.ask(find_meter, _METER_TIMEOUT_S)
     if meter is not None:
         caches.energy = AnswerEnergy(meter, metrics, sensors.post)
-    caches.db = _open_state(config)
+    caches.db = db
     if config.feedback.enabled:
         caches.feedback = FeedbackLog(caches.db, config.feedback.max_entries)
     scope = _scope(model)

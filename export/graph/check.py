@@ -202,7 +202,7 @@ def _head_multiple(subject: Subject) -> Iterator[Fault]:
     elif node.op_type == "Gemm":
         table = subject.initializers.get(input_name(node, 1))
         rows = table.dims[0] if table is not None else 0
-    if rows % multiple:
+    if multiple > 1 and (not rows or rows % multiple):
         yield Fault(node.name, f"has {rows} rows, no multiple of {multiple}")
 
 

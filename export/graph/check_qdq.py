@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
+from edge_llm.bundle import graph_io
 from export.graph.rules import Fault, Rule, Subject, input_name, integer_attribute, type_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import onnx
 
@@ -30,7 +31,11 @@ def unquantized(model: onnx.ModelProto) -> dict[str, Any]:
 
 def _products(subject: Subject) -> Iterator[Fault]:
     producers = _producers(subject)
-    listed = unquantized(subject.model)
+    try:
+        listed = unquantized(subject.model)
+    except ValueError:
+        yield Fault(UNQUANTIZED_KEY, "is metadata that cannot be read")
+        return
     products = [node for node in subject.nodes if node.op_type == "MatMul"]
     for node in products:
         plain = [name for name in node.input if name not in producers or producers[name].op_type != "DequantizeLinear"]
@@ -40,6 +45,21 @@ def _products(subject: Subject) -> Iterator[Fault]:
             yield Fault(node.name, "is quantised though it is listed")
     for name in listed.keys() - {node.name for node in products}:
         yield Fault(name, "is listed and no product")
+    for name, figures in listed.items():
+        if not isinstance(figures, dict) or not {"mean_kl", "perplexity_ratio"} <= figures.keys():
+            yield Fault(name, "is listed without what it would lose")
+    head = _head(producers)
+    for node in subject.nodes:
+        if node.op_type == "Gemm" and node is not head:
+            yield Fault(node.name, "is a product that cannot be quantised: make it a MatMul")
+
+
+def _head(producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The product that the logits come from."""
+    node = producers.get(graph_io.LOGITS)
+    while node is not None and node.op_type in ("Cast", "Slice", "Reshape"):
+        node = producers.get(node.input[0])
+    return node
 
 
 def _pairs(subject: Subject) -> Iterator[Fault]:

@@ -13,7 +13,7 @@ from edge_llm.bundle.manifest import Bundle
 from edge_llm.config import Config, EngineConfig
 from edge_llm.device import session as session_module
 from edge_llm.device.session import CPU, TENSORRT, PlacedNode, Placement
-from edge_llm.engine import loading, runner
+from edge_llm.engine import loading, runner, tensors
 from edge_llm.engine.loading import load_model
 from edge_llm.errors import ProviderError
 from tests.bundle.test_tensorrt_engines import CRASHING_BUILDER, FAST_BUILDER
@@ -119,3 +119,30 @@ def test_a_builder_that_crashes_leaves_the_processor_serving(tensorrt, config):
     assert model.provider.name == CPU
     assert "signal 6" in model.provider.refused[TENSORRT]
     assert not tensorrt.options
+
+
+def test_after_a_provider_failed_no_other_graph_of_its_own_is_tried(tensorrt, config):
+    engine = msgspec.structs.replace(config.engine, targets={TENSORRT: ("cpu-int8", "cpu-fp32"), CPU: ("cpu-int8",)})
+    model = load_model(Bundle.open(TINY_BUNDLE), msgspec.structs.replace(config, engine=engine))
+    assert (model.provider.name, tensorrt.builds) == (TENSORRT, 1)
+    assert model.fall_back is not None
+    next_one = model.fall_back()
+    assert (next_one.provider.name, tensorrt.builds) == (CPU, 1)
+    assert next_one.provider.refused == {TENSORRT: "it failed while it was serving"}
+
+
+def test_inputs_that_stay_those_of_the_first_step_are_noticed(tensorrt, config, monkeypatch):
+    """As on a device to which inputs are copied once, when they are bound."""
+    monkeypatch.setattr(tensors.DeviceTensor, "update", lambda *_: None)
+    model = load_model(Bundle.open(TINY_BUNDLE), config)
+    assert model.provider.name == CPU
+    assert "does not generate the token recorded at export" in model.provider.refused[TENSORRT]
+
+
+def test_a_device_takes_the_graphs_whole_cache(config):
+    bundle = Bundle.open(TINY_BUNDLE)
+    (graph, *_) = bundle.manifest.graphs
+    short = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, context=32))
+    needs = {name: loading.memory_needs(bundle, short, graph, name) for name in (CPU, TENSORRT)}
+    assert "1 slots of 32 tokens" in needs[CPU]
+    assert needs[TENSORRT] == loading.memory_needs(bundle, config, graph)

@@ -65,7 +65,7 @@ def plain_weight(model: onnx.ModelProto) -> None:
 
 
 def listed(model: onnx.ModelProto, name: str) -> None:
-    model.metadata_props.add(key=UNQUANTIZED_KEY, value=json.dumps({name: {"mean_kl": 0.1}}))
+    model.metadata_props.add(key=UNQUANTIZED_KEY, value=json.dumps({name: {"mean_kl": 0.1, "perplexity_ratio": 1.1}}))
 
 
 def listed_and_quantized(model: onnx.ModelProto) -> None:
@@ -79,6 +79,20 @@ def listed_and_half_quantized(model: onnx.ModelProto) -> None:
 
 def listed_and_missing(model: onnx.ModelProto) -> None:
     listed(model, "layers.7.mlp.down_proj")
+
+
+def listed_without_a_loss(model: onnx.ModelProto) -> None:
+    node(model, PRODUCT).input[0] = ACTIVATION
+    node(model, PRODUCT).input[1] = WEIGHT
+    model.metadata_props.add(key=UNQUANTIZED_KEY, value=json.dumps({PRODUCT: {}}))
+
+
+def listed_unreadably(model: onnx.ModelProto) -> None:
+    model.metadata_props.add(key=UNQUANTIZED_KEY, value="{")
+
+
+def written_as_gemm(model: onnx.ModelProto) -> None:
+    node(model, PRODUCT).op_type = "Gemm"
 
 
 def quantized_twice_read(model: onnx.ModelProto) -> None:
@@ -163,6 +177,9 @@ CASES: list[tuple[Callable[[onnx.ModelProto], None], str, str]] = [
     (listed_and_quantized, PRODUCT, "is quantised though it is listed"),
     (listed_and_half_quantized, PRODUCT, "is quantised though it is listed"),
     (listed_and_missing, "layers.7.mlp.down_proj", "is listed and no product"),
+    (listed_without_a_loss, PRODUCT, "is listed without what it would lose"),
+    (listed_unreadably, UNQUANTIZED_KEY, "is metadata that cannot be read"),
+    (written_as_gemm, PRODUCT, "is a product that cannot be quantised: make it a MatMul"),
     (quantized_twice_read, f"{ACTIVATION}_QuantizeLinear", "is not followed by just one DequantizeLinear, but a pair"),
     (dequantized_constant, f"{WEIGHT}_DequantizeLinear", "does not follow a QuantizeLinear"),
     (other_scale_back, f"{ACTIVATION}_DequantizeLinear", "undoes"),
