@@ -1,7 +1,6 @@
 """``edge-llm bundle install|list|activate|rollback|remove``: the bundles of a device, side by side.
 
-Under sudo everything is done as the owner of the store, who is the daemon's user: what root wrote there the daemon
-could not read, and what the daemon may have put in root's way harms nobody.
+Under sudo everything that changes the store is done as its owner, who is the daemon's user (bundle/owner.py).
 """
 
 from __future__ import annotations
@@ -13,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from edge_llm.bundle.files import read_plain_file
 from edge_llm.bundle.incoming import install
 from edge_llm.bundle.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Bundle
+from edge_llm.bundle.owner import as_owner
+from edge_llm.bundle.shipped import shipped_bundle
 from edge_llm.bundle.signature import SIGNATURE_FILE, check_signature
 from edge_llm.bundle.store import BundleStore, Health
 from edge_llm.config import bundle_store_dir
-from edge_llm.engine.probe import check_installed
+from edge_llm.engine.probe import check_installed, probe
 from edge_llm.errors import BundleError, BundleNotFoundError, BundleSignatureError, ConfigError, EdgeLlmError
 
 if TYPE_CHECKING:
@@ -58,12 +61,21 @@ def install_bundle(config: Config, source: Path) -> tuple[str, str]:
         BundleError: it is not a bundle that may be used here.
         ConfigError: it does not fit, or cannot be read by the store's owner.
     """
-    with _as_owner(_store(config)) as store:
-        bundle, is_new = install(store, source, config.bundle_keys)
+    config, source = _absolute(config), source.absolute()
+
+    def work(store: BundleStore, _is_anothers: bool) -> Iterator[str]:
+        try:
+            bundle, is_new = install(store, source, config.bundle_keys)
+        except PermissionError as error:
+            raise ConfigError(f"the owner of the bundle store cannot read {source}: {error.strerror}") from None
+        yield bundle.digest
         what = f"{_title(bundle)}, {_megabytes(bundle)} MB, every hash matches"
         signed = ", signed by a trusted key" if config.bundle_keys else ""
         where = "installed" if is_new else "was installed already"
-        return bundle.digest, f"{where}: {what}{signed}\nto serve it: edge-llm bundle activate {bundle.digest[:12]}"
+        yield f"{where}: {what}{signed}\nto serve it: edge-llm bundle activate {bundle.digest[:12]}"
+
+    digest, said = as_owner(config, work)
+    return digest, said
 
 
 def list_bundles(config: Config) -> list[Listed]:
@@ -115,17 +127,27 @@ def activate_bundle(config: Config, name: str) -> Iterator[str]:
         BundleError: it is not there, or it fails: what was current before stays so.
         ConfigError: the store cannot be used.
     """
-    with _as_owner(_store(config)) as store:
-        yield from _activate(store, config, store.find(name))
+    config = _absolute(config)
+    yield from as_owner(config, lambda store, is_anothers: _activate(store, config, store.find(name), is_anothers))
 
 
 def roll_back(config: Config) -> Iterator[str]:
-    """Activate the bundle that was current before. Yields and raises as ``activate_bundle``."""
-    with _as_owner(_store(config)) as store:
-        previous = store.selection().previous
-        if previous is None:
+    """Activate the bundle that was current before; if that was none, the one that comes with edge_llm.
+
+    Yields and raises as ``activate_bundle``.
+    """
+    config = _absolute(config)
+
+    def work(store: BundleStore, is_anothers: bool) -> Iterator[str]:
+        selection = store.selection()
+        if selection.previous is not None:
+            yield from _activate(store, config, selection.previous, is_anothers)
+        elif selection.current is not None:
+            yield from _activate_shipped(store, config, is_anothers)
+        else:
             raise BundleNotFoundError("there is no previous bundle to roll back to: `edge-llm bundle list` shows them")
-        yield from _activate(store, config, previous)
+
+    yield from as_owner(config, work)
 
 
 def remove_bundle(config: Config, name: str) -> str:
@@ -135,24 +157,34 @@ def remove_bundle(config: Config, name: str) -> str:
         ConfigError: it is the current one, or cannot be deleted.
         BundleNotFoundError: it is not there.
     """
-    with _as_owner(_store(config)) as store:
+
+    def work(store: BundleStore, _is_anothers: bool) -> Iterator[str]:
         digest = store.find(name)
         try:
             store.remove(digest)
         except OSError as error:
             raise ConfigError(f"the bundle {digest[:12]} cannot be removed: {error}") from None
-        return f"removed {digest[:12]}"
+        yield f"removed {digest[:12]}"
+
+    (said,) = as_owner(config, work)
+    return said
 
 
-def _activate(store: BundleStore, config: Config, digest: str) -> Iterator[str]:
+def _activate(store: BundleStore, config: Config, digest: str, is_anothers: bool) -> Iterator[str]:
     bundle = store.open(digest, config.bundle_keys)
+    if is_anothers and not store.is_followed():
+        # Where the health prompt would be answered, the daemon's own limits and folders are not.
+        raise ConfigError(
+            f"no daemon runs, and only the daemon can try {_title(bundle)} as its own user: start it first "
+            "(systemctl start edge-llm), then activate again. A start that fails goes back by itself"
+        )
     if config.bundle is not None:
         yield f"note: the setting bundle = {config.bundle} names what is served; without it the store's current one is"
     try:
         if store.is_followed():
             yield f"asking the running daemon to switch to {_title(bundle)}; it serves on meanwhile"
             bundle.verify()
-            _ask_daemon(store, digest)
+            _ask_daemon(store, config, digest)
         else:
             yield f"no daemon runs: trying {_title(bundle)} here"
             check_installed(store, digest, config)
@@ -160,23 +192,67 @@ def _activate(store: BundleStore, config: Config, digest: str) -> Iterator[str]:
     except OSError as error:
         if isinstance(error, EdgeLlmError):
             raise _told(store, digest, error) from None
-        raise ConfigError(f"the bundle store {store.folder} cannot be written: {error}") from None
+        raise ConfigError(f"the bundle store {bundle_store_dir(config)} cannot be written: {error}") from None
     except EdgeLlmError as error:
         raise _told(store, digest, error) from None
     yield f"current: {_title(bundle)}, which has answered its health prompt"
 
 
-def _ask_daemon(store: BundleStore, digest: str) -> None:
-    """Have the daemon switch, and wait for the end of it. Raises ``BundleError`` if it stays on the old one."""
+def _activate_shipped(store: BundleStore, config: Config, is_anothers: bool) -> Iterator[str]:
+    """Serve the bundle that comes with edge_llm from now on. Yields and raises as ``activate_bundle``."""
+    try:
+        bundle = Bundle.open(shipped_bundle(), config.bundle_keys)
+    except BundleError as error:
+        raise BundleNotFoundError(
+            f"there is no previous bundle to roll back to, and none that comes with edge_llm: {error}"
+        ) from None
+    is_followed = store.is_followed()
+    if is_anothers and not is_followed:
+        raise ConfigError("no daemon runs, and only the daemon can try a bundle as its own user: start it first")
+    try:
+        if is_followed:
+            yield f"asking the running daemon to switch to {_title(bundle)}, which comes with edge_llm"
+            _ask_daemon(store, config, None)
+        else:
+            yield f"no daemon runs: trying {_title(bundle)}, which comes with edge_llm, here"
+            bundle.verify()
+            probe(bundle.path, config)
+            store.activated(None)
+    except OSError as error:
+        if isinstance(error, EdgeLlmError):
+            raise
+        raise ConfigError(f"the bundle store {bundle_store_dir(config)} cannot be written: {error}") from None
+    yield f"current: {_title(bundle)}, which has answered its health prompt"
+
+
+def _ask_daemon(store: BundleStore, config: Config, digest: str | None) -> None:
+    """Have the daemon switch, and wait for the end of it; None is the bundle that comes with edge_llm.
+
+    Raises:
+        BundleError: it stays on the old one, or does not say in time what has become of it.
+        OSError: the store cannot be written.
+    """
     wanted = store.want(digest)
+    limit_s = 2 * config.activation_timeout_s + config.serving.drain_timeout_s
+    give_up_at = time.monotonic() + limit_s
     while store.selection().wanted == wanted:
         if not store.is_followed():
             raise BundleError("the daemon has ended while it was switching; what it serves next, the list shows")
+        if time.monotonic() > give_up_at:
+            raise BundleError(
+                f"the daemon has not recorded within {limit_s:g} s what has become of it, and may still switch: "
+                "see its log, and whether the disk is full"
+            )
         time.sleep(_POLL_S)
     selection = store.selection()
-    health = selection.health.get(digest)
-    if selection.current != digest or (health is not None and not health.ok):
-        raise BundleError("another bundle was wanted meanwhile" if health is None or health.ok else health.detail)
+    health = None if digest is None else selection.health.get(digest)
+    if health is not None and not health.ok:
+        raise BundleError(health.detail)
+    if selection.current != digest:
+        why = (
+            "another bundle was wanted meanwhile" if digest else "the daemon stays on the old bundle: its log says why"
+        )
+        raise BundleError(why)
 
 
 def _told(store: BundleStore, digest: str, error: EdgeLlmError) -> EdgeLlmError:
@@ -219,24 +295,9 @@ def _store(config: Config) -> BundleStore:
     return BundleStore(bundle_store_dir(config))
 
 
-@contextlib.contextmanager
-def _as_owner(store: BundleStore) -> Iterator[BundleStore]:
-    """Act as the owner of the store, or of the folder that it will be in; only root has to."""
-    folder = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())
-    owner = folder.stat()
-    if os.geteuid() != 0 or owner.st_uid == 0:
-        yield store
-        return
-    groups = os.getgroups()
-    os.setgroups([owner.st_gid])
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
-    try:
-        yield store
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
+def _absolute(config: Config) -> Config:
+    """The same settings, for a process in another folder."""
+    return msgspec.structs.replace(config, bundle_keys=tuple(os.path.abspath(key) for key in config.bundle_keys))
 
 
 def _title(bundle: Bundle) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
@@ -18,7 +19,7 @@ from edge_llm.bundle.store import BundleStore
 from edge_llm.cache.erasure import ErasureNotices
 from edge_llm.config import bundle_store_dir, state_dir
 from edge_llm.device.memory import limit_malloc_arenas
-from edge_llm.errors import BundleError
+from edge_llm.errors import BundleError, ConfigError, MemoryPlanError
 from edge_llm.metrics import Metrics
 from edge_llm.mqtt.gateway import Gateway
 from edge_llm.node import Node
@@ -37,6 +38,9 @@ CLOSE_TIMEOUT_S = 5.0
 # What loading takes beside preparing, at the very most.
 _LOAD_TIMEOUT_S = 300.0
 _SIGNAL_TICK_S = 0.5
+# A stop while loading is somebody's wish if it comes so early; later it is rather systemd, whose TimeoutStartSec= has
+# passed: then the start counts as one that failed.
+_YOUNG_START_S = 60.0
 
 
 class _StopRequested(BaseException):
@@ -54,6 +58,7 @@ def serve(config: Config, bundle: Bundle | None = None) -> int:
         BundleError: the bundle cannot be served here.
         ConfigError: the settings for the broker cannot be used.
     """
+    began_at = time.monotonic()
     limit_malloc_arenas(2)
     metrics = Metrics()
     notices = ErasureNotices(state_dir(config))
@@ -81,9 +86,7 @@ def serve(config: Config, bundle: Bundle | None = None) -> int:
         except _StopRequested:
             notifier.stopping("stopped while loading")
             gateway.close(CLOSE_TIMEOUT_S)
-            if start is not None:
-                start.ready()
-            return 0
+            return _stopped_while_loading(start, time.monotonic() - began_at)
         except BaseException:
             gateway.close(CLOSE_TIMEOUT_S)
             raise
@@ -121,13 +124,27 @@ def _start_first(node: Node, start: StoreStart | None, bundle: Bundle) -> None:
         except BundleError as reason:
             if start is None:
                 raise
-            start.roll_back(reason)
+            start.give_up(reason)
             bundle = start.bundle()
+        except (ConfigError, MemoryPlanError):
+            if start is not None:
+                # The settings, or the machine: no bundle is to blame.
+                start.uncount()
+            raise
     if start is not None and start.update is not None:
         node.set_update(start.update)
     node.start(model)
     if start is not None:
         start.ready()
+
+
+def _stopped_while_loading(start: StoreStart | None, age_s: float) -> int:
+    """The exit status of a daemon that a signal ended before it served; only a young start does not count."""
+    if age_s >= _YOUNG_START_S:
+        return 1
+    if start is not None:
+        start.uncount()
+    return 0
 
 
 def _update(updater: Updater | None, stop: _StopFlag) -> None:
@@ -142,15 +159,10 @@ def _update(updater: Updater | None, stop: _StopFlag) -> None:
 def _watch(stop: _StopFlag, notifier: Notifier, node: Node, gateway: Gateway, act: Callable[[], None]) -> None:
     """Tell systemd that we serve, and that our threads move, until a signal comes; ``act`` now and then."""
     timeout_s = watchdog_timeout_s(os.environ)
-    heartbeats = node.heartbeats
-    watchdog = Watchdog(notifier, heartbeats, timeout_s)
+    # Asked anew each time: engines come and go.
+    watchdog = Watchdog(notifier, lambda: node.heartbeats, timeout_s)
 
     def tick() -> None:
-        nonlocal heartbeats, watchdog
-        if heartbeats != node.heartbeats:
-            # Another engine has come, or one has gone.
-            heartbeats = node.heartbeats
-            watchdog = Watchdog(notifier, heartbeats, timeout_s)
         watchdog.tick()
         notifier.status(_status(gateway))
         act()

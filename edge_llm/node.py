@@ -193,7 +193,13 @@ class Node:
         for name in ("queued", "active", "sessions"):
             self._metrics.gauge(name, lambda name=name: self._switchboard.load[name])  # type: ignore[misc]
         collect_garbage()
-        scheduler.start(Failover(model, caches, self._publish))
+
+        def failed_over(found: LoadedModel) -> None:
+            # One that only finishes what it has accepted is not what ``info`` tells of.
+            if self.served is not None and self.served.caches is caches:
+                self._publish(found)
+
+        scheduler.start(Failover(model, caches, failed_over))
         return Served(model, scheduler, caches)
 
     def _publish(self, model: LoadedModel) -> None:

@@ -108,7 +108,7 @@ class Watchdog:
 
     Args:
         notifier: where the pings go.
-        heartbeats: what is watched, by the name of its thread.
+        heartbeats: says what is watched at the moment, by the name of its thread.
         timeout_s: when systemd gives us up, see ``watchdog_timeout_s``; None: it does not watch us.
         clock: seconds, monotonic.
     """
@@ -116,14 +116,15 @@ class Watchdog:
     def __init__(
         self,
         notifier: Notifier,
-        heartbeats: Mapping[str, Heartbeat],
+        heartbeats: Callable[[], Mapping[str, Heartbeat]],
         timeout_s: float | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._notifier = notifier
         self._heartbeats = heartbeats
         self._clock = clock
-        self._seen = dict.fromkeys(heartbeats, 0)
+        # By the heartbeat: a thread may get another name when another one ends.
+        self._seen: dict[Heartbeat, int] = {}
         self._pinged_at = clock()
         self._complained = False
         self.interval_s = None if timeout_s is None else timeout_s / _PINGS_PER_TIMEOUT
@@ -135,9 +136,10 @@ class Watchdog:
         silent_s = self._clock() - self._pinged_at
         if silent_s < self.interval_s:
             return
-        still = [name for name, heartbeat in self._heartbeats.items() if not heartbeat.has_moved(self._seen[name])]
+        watched = self._heartbeats()
+        still = [name for name, heartbeat in watched.items() if not heartbeat.has_moved(self._seen.get(heartbeat, 0))]
         if not still:
-            self._seen = {name: heartbeat.count for name, heartbeat in self._heartbeats.items()}
+            self._seen = {heartbeat: heartbeat.count for heartbeat in watched.values()}
             self._pinged_at = self._clock()
             self._complained = False
             self._notifier.alive()

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.bundle.shipped import shipped_bundle
-from edge_llm.bundle.store import BundleStore, Health
-from edge_llm.engine.probe import check_installed
-from edge_llm.errors import BundleError, BundleHealthError, MemoryPlanError
+from edge_llm.bundle.store import MAX_FAILED_STARTS, BundleStore, Health, now
+from edge_llm.engine.probe import check_installed, probe
+from edge_llm.errors import BundleError, BundleHealthError, ConfigError, MemoryPlanError
 from edge_llm.node import collect_garbage
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
+    from edge_llm.bundle.store import Selection
     from edge_llm.config import Config
     from edge_llm.engine.loading import LoadedModel
     from edge_llm.metrics import Metrics
@@ -36,6 +37,7 @@ class _Attempt(threading.Thread):
     """One try to switch.
 
     Attributes:
+        digest: of an installed bundle; None is the one that comes with edge_llm.
         key: what asked for it.
         give_up_at: ``time.monotonic()`` after which it has failed; None while it waits for answers to end.
         abandoned: its result is not wanted any more.
@@ -43,7 +45,7 @@ class _Attempt(threading.Thread):
         fatal: nothing serves any more, and this is why.
     """
 
-    def __init__(self, updater: Updater, digest: str, key: tuple[str, str | None]) -> None:
+    def __init__(self, updater: Updater, digest: str | None, key: tuple[str | None, str | None]) -> None:
         super().__init__(name="bundle-switch", daemon=True)
         self._updater = updater
         self.digest = digest
@@ -78,8 +80,11 @@ class Updater:
         self._metrics = metrics
         self._hurry = hurry
         self._signature: object = object()  # nothing has been looked at
-        self._tried: tuple[str, str | None] | None = None
+        self._tried: tuple[str | None, str | None] | None = None
         self._attempt: _Attempt | None = None
+        # What the store is still to be told, in this order: the disk was full, or read-only.
+        self._unwritten: list[Callable[[], Selection]] = []
+        self._write_failed = False
         # Held while an attempt takes effect, so that it is either in time or not.
         self._lock = threading.Lock()
 
@@ -92,6 +97,9 @@ class Updater:
         Raises:
             EdgeLlmError: neither the new bundle nor the old one could be loaded.
         """
+        if self._unwritten:
+            with self._lock:
+                self._write()
         attempt = self._attempt
         if attempt is not None:
             if attempt.is_alive() and not attempt.abandoned:
@@ -115,17 +123,19 @@ class Updater:
 
     def _follow(self, *, again: bool) -> None:
         selection = self._store.selection()
-        serving = None if self._node.served is None else self._node.served.bundle.digest
         wanted = selection.wanted
         digest = selection.current if wanted is None else wanted.digest
-        key = (digest or "", None if wanted is None else wanted.request)
-        if digest is None or (key == self._tried and not again):
+        key = (digest, None if wanted is None else wanted.request)
+        # Nothing wanted, nothing current and nothing before: an empty store, or a selection that is lost or damaged.
+        empty = digest is None and wanted is None and selection.previous is None
+        if empty or (key == self._tried and not again):
             return
-        if digest == serving:
+        served = self._node.served
+        if served is not None and served.bundle.digest == (digest or _shipped_digest()):
             self._tried = key
             if wanted is not None:
                 self._commit(digest)
-                self._node.set_update(update_document(digest, None))
+                self._node.set_update(update_document(served.bundle.digest, None))
             elif again:
                 _log.info("the current bundle is being served already")
             return
@@ -159,7 +169,7 @@ class Updater:
     def _beside(self, attempt: _Attempt) -> Served | None:
         """Load the new one while the old one serves; returns that. Raises ``MemoryPlanError`` if both do not fit."""
         attempt.give_up_at = time.monotonic() + self._limit_s
-        bundle = check_installed(self._store, attempt.digest, self._config)
+        bundle = self._checked(attempt.digest)
         return self._take_over(attempt, self._node.load(bundle, beside=True))
 
     def _afterwards(self, attempt: _Attempt) -> None:
@@ -172,7 +182,7 @@ class Updater:
                 return
             attempt.alone = True
             attempt.give_up_at = None
-        self._node.pause(self._store.open(attempt.digest, self._config.bundle_keys), self._hurry)
+        self._node.pause(_open(self._store, attempt.digest, self._config), self._hurry)
         del served
         collect_garbage()
         failure = self._try_alone(attempt)
@@ -189,7 +199,7 @@ class Updater:
     def _try_alone(self, attempt: _Attempt) -> Exception | None:
         try:
             attempt.give_up_at = time.monotonic() + self._limit_s
-            bundle = check_installed(self._store, attempt.digest, self._config)
+            bundle = self._checked(attempt.digest)
             self._take_over(attempt, self._node.load(bundle))
         except Exception as reason:
             # Without the frames, which hold what was loaded: the old bundle needs its room.
@@ -206,8 +216,16 @@ class Updater:
                 return self._node.start(model)
             before = self._node.start(model, update_document(model.bundle.digest, None))
             self._metrics.count("bundle_switches")
-            self._commit(model.bundle.digest)
+            self._commit(attempt.digest)
             return before
+
+    def _checked(self, digest: str | None) -> Bundle:
+        if digest is not None:
+            return check_installed(self._store, digest, self._config)
+        bundle = _open(self._store, None, self._config)
+        bundle.verify()
+        probe(bundle.path, self._config)
+        return bundle
 
     # -- what is recorded ---------------------------------------------------------------------------------------------
 
@@ -237,26 +255,36 @@ class Updater:
             if wanted is not None:
                 self._refuse(wanted.digest, BundleHealthError("an earlier activation hangs: restart the daemon"))
 
-    def _commit(self, digest: str) -> None:
-        try:
-            self._store.activated(digest)
-        except OSError as error:
-            _log.warning("the bundle is served, but a restart will not know: %s", error)
+    def _commit(self, digest: str | None) -> None:
+        self._unwritten.append(lambda: self._store.activated(digest))
+        self._write()
         _log.info("switched to another bundle", extra={"digest": digest})
 
-    def _refuse(self, digest: str, reason: Exception) -> None:
+    def _refuse(self, digest: str | None, reason: Exception) -> None:
         health = Health.failed(reason)
         _log.error("the bundle is not activated, the old one serves on: %s", health.detail, extra={"digest": digest})
         self._metrics.count(f"bundle_refused_{health.kind}")
-        try:
-            self._store.refused(digest, health)
-        except OSError as error:
-            _log.warning("the bundle store cannot be written: %s", error)
+        self._unwritten.append(lambda: self._store.refused(digest, health))
+        self._write()
         self._node.set_update(update_document(digest, health))
 
+    def _write(self) -> None:
+        """Tell the store what it does not know yet; ``tick`` tries again what could not be written."""
+        while self._unwritten:
+            try:
+                self._unwritten[0]()
+            except OSError as error:
+                if not self._write_failed:
+                    _log.warning("the bundle store cannot be written, so a restart will not know: %s", error)
+                self._write_failed = True
+                return
+            self._write_failed = False
+            del self._unwritten[0]
 
-def update_document(digest: str, failed: Health | None) -> dict[str, Any]:
-    """How an activation ended, for ``info``; ``failed`` None: the bundle serves."""
+
+def update_document(digest: str | None, failed: Health | None) -> dict[str, Any]:
+    """How an activation ended, for ``info``; ``failed`` None: the bundle serves. A digest of None is the bundle that
+    comes with edge_llm."""
     reason = {} if failed is None else {"kind": failed.kind, "reason": failed.detail}
     return {"digest": digest, "ok": failed is None, **reason}
 
@@ -265,31 +293,53 @@ class StoreStart:
     """What a starting daemon serves when no bundle was named: the store's current one, and when that fails, the one
     before, and at last the one that comes with edge_llm.
 
+    What is selected stays as it was until the replacement serves: if all fail, the bundle may not be to blame.
+
     Args:
         store: where they are.
         config: with the keys.
         metrics: counts ``bundle_rollbacks``.
-
-    Attributes:
-        update: for ``info``: what was given up, if anything was.
     """
 
     def __init__(self, store: BundleStore, config: Config, metrics: Metrics) -> None:
         self._store = store
         self._config = config
         self._metrics = metrics
-        self.update: dict[str, Any] | None = None
-        self._shipped = _usable_shipped(config)
+        self._failed: dict[str, Health] = {}
+        has_shipped = _has_usable_shipped(config)
+        self._earlier_starts = 0
         try:
             self._follows = store.follow()
-            crashed = store.selection().current
-            selection, given_up = store.begin_start(self._shipped)
-            if given_up is not None and crashed is not None:
-                self._note(crashed, given_up)
+            selection, self._earlier_starts = store.begin_start()
         except OSError as error:
             _log.warning("the bundle store cannot be written, so starts are not counted: %s", error)
             selection = store.selection()
-        self._current = selection.current
+        self._selected = selection.current
+        choices = [selection.current]
+        if selection.current is not None:
+            if selection.previous is not None and store.path(selection.previous).is_dir():
+                choices.append(selection.previous)
+            if has_shipped:
+                choices.append(None)
+        # Each has so many starts; after the last one it is the current one's turn again.
+        turn = self._earlier_starts // MAX_FAILED_STARTS % len(choices)
+        for digest in choices[:turn]:
+            self._note(
+                digest,
+                Health(
+                    ok=False, at=now(), kind="crash_loop", detail=f"{MAX_FAILED_STARTS} starts without getting ready"
+                ),
+            )
+        # The first is what is being tried.
+        self._choices = choices[turn:] + choices[:turn]
+
+    @property
+    def update(self) -> dict[str, Any] | None:
+        """For ``info``: what was given up, if the selected one was."""
+        if self._choices[0] == self._selected:
+            return None
+        assert self._selected is not None
+        return update_document(self._selected, self._failed[self._selected])
 
     def bundle(self) -> Bundle:
         """What to serve; every call that follows a failure gives the next one.
@@ -298,47 +348,66 @@ class StoreStart:
             BundleError: nothing is left that could be served.
             ConfigError: a key cannot be used.
         """
-        while self._current is not None:
+        while True:
             try:
-                return self._store.open(self._current, self._config.bundle_keys)
+                return _open(self._store, self._choices[0], self._config)
+            except ConfigError:
+                self.uncount()
+                raise
             except BundleError as reason:
-                self.roll_back(reason)
-        return Bundle.open(shipped_bundle(), self._config.bundle_keys)
+                self.give_up(reason)
 
-    def roll_back(self, reason: BundleError) -> None:
-        """Give up the current bundle, which cannot be served. Raises ``reason`` if there is nothing to go back to."""
-        failed = self._current
-        if failed is None:
+    def give_up(self, reason: BundleError) -> None:
+        """Go on with the next one. Raises ``reason`` if none is left; the start does not count then, as each was
+        tried."""
+        if len(self._choices) == 1:
+            self.uncount()
             raise reason
-        health = Health.failed(reason)
-        try:
-            selection = self._store.roll_back(failed, health, self._shipped)
-            if selection is not None:
-                self._store.begin_start(self._shipped)
-        except OSError as error:
-            _log.warning("the bundle store cannot be written: %s", error)
-            raise reason from None
-        if selection is None:
-            raise reason
-        self._note(failed, health)
-        self._current = selection.current
+        self._note(self._choices.pop(0), Health.failed(reason))
 
     def ready(self) -> None:
-        """READY, or ended on purpose: the start does not count as a failed one."""
+        """READY: what serves now is the current one."""
+        serving = self._choices[0]
         try:
+            if serving != self._selected:
+                _log.error("rolled back to another bundle", extra={"digest": serving})
+                self._metrics.count("bundle_rollbacks")
+                self._store.roll_back(self._failed, serving)
             self._store.end_start()
         except OSError as error:
             _log.warning("the bundle store cannot be written: %s", error)
 
-    def _note(self, digest: str, health: Health) -> None:
-        _log.error("rolled back to the bundle before: %s", health.detail, extra={"digest": digest})
-        self._metrics.count("bundle_rollbacks")
-        self.update = update_document(digest, health)
+    def uncount(self) -> None:
+        """Ended for a reason that is not the bundle's: the start does not count as a failed one."""
+        if self._selected is None:
+            return
+        try:
+            self._store.set_starts(self._selected, self._earlier_starts)
+        except OSError as error:
+            _log.warning("the bundle store cannot be written: %s", error)
+
+    def _note(self, digest: str | None, health: Health) -> None:
+        _log.error("the bundle cannot be served: %s", health.detail, extra={"digest": digest})
+        if digest is not None:
+            self._failed[digest] = health
 
 
-def _usable_shipped(config: Config) -> Path | None:
-    """The bundle that comes with edge_llm, if there is one that may be served here."""
+def _open(store: BundleStore, digest: str | None, config: Config) -> Bundle:
+    """An installed bundle, or the one that comes with edge_llm. Raises as ``BundleStore.open`` does."""
+    return store.open(digest, config.bundle_keys) if digest else Bundle.open(shipped_bundle(), config.bundle_keys)
+
+
+def _has_usable_shipped(config: Config) -> bool:
+    """Whether a bundle comes with edge_llm that may be served here."""
     try:
-        return Bundle.open(shipped_bundle(), config.bundle_keys).path
+        Bundle.open(shipped_bundle(), config.bundle_keys)
+    except BundleError:
+        return False
+    return True
+
+
+def _shipped_digest() -> str | None:
+    try:
+        return Bundle.open(shipped_bundle()).digest
     except BundleError:
         return None

@@ -12,6 +12,7 @@ from edge_llm import bundle_command, cli
 from edge_llm.bundle.store import BundleStore
 from edge_llm.errors import BundleHealthError
 from tests.bundle.versions import version_of
+from tests.paths import TINY_BUNDLE
 
 
 @pytest.fixture
@@ -83,6 +84,26 @@ def test_activate_and_roll_back(run, two):
     assert run("rollback")[0] == 0
     assert run.store.selection().current == two["1.0"]
     assert run.store.selection().previous == two["2.0"]
+
+
+def test_from_a_first_one_it_goes_back_to_the_bundle_that_comes_along(run, two, monkeypatch):
+    monkeypatch.setattr(bundle_command, "shipped_bundle", lambda: TINY_BUNDLE)
+    monkeypatch.setattr(bundle_command, "probe", lambda folder, _config: run.probed.append(folder))
+    status, said = run("rollback")
+    assert (status, "comes with edge_llm" in said) == (0, True)
+    assert run.probed[-1] == TINY_BUNDLE
+    assert (run.store.selection().current, run.store.selection().previous) == (None, two["1.0"])
+    assert run("remove", "tiny@1.0")[0] == 0
+
+
+def test_a_daemon_that_does_not_say_what_became_of_it_is_not_waited_for_for_ever(run, two):
+    descriptor = run.store.follow()
+    try:
+        limits = ("--set", "activation_timeout_s=0.1", "--set", "serving.drain_timeout_s=0.1")
+        status, said = run("activate", "tiny@2.0", *limits)
+    finally:
+        os.close(descriptor)
+    assert (status, "has not recorded within 0.3 s" in said) == (1, True)
 
 
 def test_a_sick_one_is_not_activated_and_the_list_remembers_why(run, two):

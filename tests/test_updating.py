@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from edge_llm import updating
-from edge_llm.bundle.store import BundleStore
+from edge_llm import daemon, updating
+from edge_llm.bundle.store import SELECTION_FILE, BundleStore
 from edge_llm.config import Config
-from edge_llm.errors import BundleHealthError, BundleIntegrityError, MemoryPlanError
+from edge_llm.errors import BundleHealthError, BundleIntegrityError, ConfigError, MemoryPlanError
 from edge_llm.metrics import Metrics
 from edge_llm.updating import StoreStart, Updater
 
@@ -241,10 +241,63 @@ def test_a_store_that_cannot_be_written_does_not_end_the_daemon(world, monkeypat
     def fail(*_):
         raise OSError("read-only")
 
-    monkeypatch.setattr(updating.BundleStore, "activated", fail)
+    with monkeypatch.context() as disk:
+        disk.setattr(updating.BundleStore, "activated", fail)
+        world.settle()
+        world.settle()
+        assert world.node.served.bundle.digest == NEW
+        assert caplog.text.count("a restart will not know") == 1
+        assert world.store.selection().current == OLD
+    # As soon as there is room, the command that waits gets its answer.
+    world.updater.tick()
+    selection = world.store.selection()
+    assert (selection.current, selection.wanted) == (NEW, None)
+
+
+def test_a_refusal_that_cannot_be_written_is_written_later(world, monkeypatch):
+    world.probe_fails = [BundleHealthError("it answers wrongly")]
+    world.store.want(NEW)
+
+    def fail(*_):
+        raise OSError("read-only")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(updating.BundleStore, "refused", fail)
+        world.settle()
+    assert world.store.selection().wanted is not None
+    world.updater.tick()
+    assert world.store.selection().wanted is None
+    assert world.store.selection().health[NEW].detail == "it answers wrongly"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_it_goes_back_to_the_bundle_that_comes_along(world, monkeypatch, asked):
+    shipped = bundle(OTHER)
+    shipped.verify = lambda: None
+    monkeypatch.setattr(updating.Bundle, "open", lambda *_: shipped)
+    monkeypatch.setattr(updating, "probe", lambda folder, _config: world.probed.append(folder[0]))
+    # Asked by the command, or made so by another daemon that follows the store.
+    if asked:
+        world.store.want(None)
+    else:
+        world.store.activated(None)
     world.settle()
-    assert world.node.served.bundle.digest == NEW
-    assert "a restart will not know" in caplog.text
+    world.settle()
+    assert world.probed == ["c"]
+    assert world.node.done == [("load beside", "c"), ("start", "c"), ("retire", "a")]
+    selection = world.store.selection()
+    assert (selection.current, selection.previous, selection.wanted) == (None, OLD, None)
+    # And away from it again.
+    world.store.want(NEW)
+    world.settle()
+    assert (world.store.selection().current, world.store.selection().previous) == (NEW, None)
+
+
+def test_a_selection_that_is_lost_is_not_followed(world):
+    world.settle()
+    (world.store.folder / SELECTION_FILE).write_bytes(b"{")
+    world.settle()
+    assert world.node.done == []
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------
@@ -258,8 +311,9 @@ def start(tmp_path, monkeypatch):
         store.activated(digest)
     store.open = lambda digest, _keys=(): bundle(digest)
 
-    def start(*, shipped=None):
-        monkeypatch.setattr(updating, "_usable_shipped", lambda _config: shipped)
+    def start(*, shipped=False):
+        monkeypatch.setattr(updating, "_has_usable_shipped", lambda _config: shipped)
+        monkeypatch.setattr(updating.Bundle, "open", lambda *_: bundle(OTHER))
         return StoreStart(store, Config(), Metrics())
 
     start.store = store
@@ -291,23 +345,83 @@ def test_ready_ends_the_count(start):
         beginning.ready()
 
 
-def test_one_that_cannot_be_loaded_is_given_up_at_once(start):
+def test_one_that_cannot_be_loaded_gives_way_at_once_and_is_given_up_once_the_other_serves(start):
+    before = start.store.selection()
     beginning = start()
     beginning.bundle()
-    beginning.roll_back(BundleIntegrityError("tampered"))
+    beginning.give_up(BundleIntegrityError("tampered"))
     assert beginning.bundle().digest == OLD
-    assert start.store.selection().health[NEW].kind == "integrity"
-    # There is none before that, and none that came along: this one's own trouble is the answer.
-    with pytest.raises(BundleIntegrityError, match="tampered, too"):
-        beginning.roll_back(BundleIntegrityError("tampered, too"))
-    assert start.store.selection().current == OLD
+    assert start.store.selection() == before
+    assert beginning.update["reason"] == "tampered"
+    beginning.ready()
+    after = start.store.selection()
+    assert (after.current, after.previous, after.health[NEW].kind) == (OLD, None, "integrity")
 
 
-def test_the_last_resort_is_the_one_that_comes_along(start, tmp_path):
-    beginning = start(shipped=tmp_path)
-    beginning.roll_back(BundleIntegrityError("tampered"))
-    beginning.roll_back(BundleIntegrityError("tampered, too"))
-    assert start.store.selection().current is None
+def test_if_all_fail_the_selection_stays_and_the_start_does_not_count(start):
+    before = start.store.selection()
+    for _ in range(4):
+        beginning = start(shipped=True)
+        for digest in (NEW, OLD):
+            assert beginning.bundle().digest == digest
+            beginning.give_up(BundleIntegrityError("no such provider"))
+        assert beginning.bundle().digest == OTHER
+        with pytest.raises(BundleIntegrityError, match="no such provider"):
+            beginning.give_up(BundleIntegrityError("no such provider"))
+    assert start.store.selection() == before
+    assert start().bundle().digest == NEW
+
+
+def test_the_last_resort_is_the_one_that_comes_along(start):
+    beginning = start(shipped=True)
+    beginning.give_up(BundleIntegrityError("tampered"))
+    beginning.give_up(BundleIntegrityError("tampered, too"))
+    assert beginning.bundle().digest == OTHER
+    assert start.store.selection().current == NEW
+    beginning.ready()
+    selection = start.store.selection()
+    assert (selection.current, selection.previous) == (None, None)
+    assert {selection.health[digest].kind for digest in (OLD, NEW)} == {"integrity"}
+
+
+def test_each_has_three_starts_and_then_it_is_the_first_ones_turn_again(start):
+    before = start.store.selection()
+    served = [start(shipped=True).bundle().digest for _ in range(10)]
+    assert served == [NEW] * 3 + [OLD] * 3 + [OTHER] * 3 + [NEW]
+    assert start.store.selection() == before
+
+
+def test_one_before_that_is_gone_is_nothing_to_go_back_to(start):
+    start.store.path(OLD).rmdir()
+    assert {start().bundle().digest for _ in range(5)} == {NEW}
+
+
+def test_starts_that_are_not_the_bundles_fault_do_not_count(start):
+    start()
+    for _ in range(5):
+        beginning = start()
+        assert beginning.bundle().digest == NEW
+        beginning.uncount()
+    # What counted before still counts.
+    start()
+    start()
+    assert start().bundle().digest == OLD
+
+
+@pytest.mark.parametrize(("age_s", "status", "counted"), [(5.0, 0, 0), (90.0, 1, 1)])
+def test_a_stop_while_loading_counts_only_if_it_comes_late(start, age_s, status, counted):
+    assert daemon._stopped_while_loading(start(), age_s) == status
+    assert start.store.begin_start()[1] == counted
+
+
+@pytest.mark.parametrize("fault", [ConfigError("a wrong setting"), MemoryPlanError("this needs 2 GB")])
+def test_a_wrong_setting_is_no_failed_start(start, fault):
+    beginning = start()
+    node = FakeNode()
+    node.load_fails = {NEW: [fault]}
+    with pytest.raises(type(fault)):
+        daemon._start_first(node, beginning, beginning.bundle())
+    assert start.store.begin_start()[1] == 0
 
 
 def test_a_store_that_cannot_be_written_is_served_from_all_the_same(start, monkeypatch, caplog):

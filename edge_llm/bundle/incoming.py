@@ -105,7 +105,7 @@ def install(store: BundleStore, source: Path, keys: Sequence[str | Path] = ()) -
 
 
 def _install(store: BundleStore, source: Path, keys: Sequence[str | Path]) -> tuple[Bundle, bool]:
-    incoming = Path(tempfile.mkdtemp(prefix=INCOMING_PREFIX, dir=store.folder))
+    incoming = _new_folder(store)
     try:
         if source.is_dir():
             origin: Source = FolderSource(Bundle.open(source, keys))
@@ -157,10 +157,15 @@ def _put(store: BundleStore, incoming: Path, digest: str) -> None:
     target = store.path(digest)
     if target.exists():
         # It is damaged, or lacks its signature: of no use to anybody until it is replaced.
-        target.rename(Path(tempfile.mkdtemp(prefix=INCOMING_PREFIX, dir=store.folder)) / "damaged")
+        target.rename(_new_folder(store) / "damaged")
     incoming.rename(target)
     flush_to_disk(store.folder)
     store.clean()
+
+
+def _new_folder(store: BundleStore) -> Path:
+    # A relative store has to stay so (bundle/owner.py); Python 3.12 returns an absolute path.
+    return store.folder / Path(tempfile.mkdtemp(prefix=INCOMING_PREFIX, dir=store.folder)).name
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

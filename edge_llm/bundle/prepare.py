@@ -29,6 +29,7 @@ import onnxruntime as ort
 
 from edge_llm.bundle.files import flush_to_disk
 from edge_llm.bundle.manifest import Bundle, Graph, sha256_file
+from edge_llm.device.child import CHILD_FOLDER, child_command, end_first_without_memory, signal_name
 from edge_llm.device.cpu import cpu_features
 from edge_llm.device.session import make_session, session_options
 from edge_llm.errors import BundleError, ProviderError
@@ -134,26 +135,25 @@ def _run_build(source: Path, built: Path) -> None:
     at each load). It would end the daemon, with the bundle that it serves until now, or have it restarted for ever.
     A build that says why it failed, as on a full disk, is another matter.
     """
-    command = [sys.executable, "-m", "edge_llm.bundle.prepare", str(source.resolve()), str(built)]
+    command = [*child_command("edge_llm.bundle.prepare"), str(source.resolve()), str(built.resolve())]
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S, check=False
+            command,
+            cwd=CHILD_FOLDER,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=BUILD_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise ProviderError(f"{source} is not used: packing it did not end within {BUILD_TIMEOUT_S} s") from None
     if result.returncode < 0:
-        ended = _ENDED.format(source=source, version=ort.__version__, signal=_signal_name(-result.returncode))
+        ended = _ENDED.format(source=source, version=ort.__version__, signal=signal_name(-result.returncode))
         raise ProviderError(ended + (_KILLED_HINT if result.returncode == -signal.SIGKILL else _CRASHED_HINT))
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise BundleError(f"the prepared copy of {source} could not be built: {lines[-1]}")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 def _check_space(folder: Path, bundle: Bundle, graph: Graph) -> None:
@@ -229,7 +229,5 @@ def _write_copy(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Should memory run out, the kernel is to end this process, not the daemon that may be serving meanwhile (proc(5)).
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    end_first_without_memory()
     _write_copy(Path(sys.argv[1]), Path(sys.argv[2]))

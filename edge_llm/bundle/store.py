@@ -39,7 +39,7 @@ from edge_llm.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ MAX_FAILED_STARTS: Final = 3
 _SELECTION_LOCK: Final = ".lock"
 _DAEMON_LOCK: Final = ".daemon.lock"
 _MAX_FILE_BYTES: Final = 1 << 20
+# Of one reason: the selection holds one for each bundle, and must not outgrow what is read of it.
+_MAX_DETAIL_LENGTH: Final = 2000
 _DIGEST_PATTERN: Final = re.compile("[0-9a-f]{64}")
 # How a failure is counted; the first that fits.
 _KINDS: Final[dict[type[Exception], str]] = {
@@ -84,18 +86,25 @@ class Health(_Strict, frozen=True):
     def failed(cls, reason: Exception) -> Health:
         """With the words of an error."""
         kind = next((kind for error, kind in _KINDS.items() if isinstance(reason, error)), "internal")
-        return cls(ok=False, at=now(), kind=kind, detail=str(reason) or type(reason).__name__)
+        detail = str(reason)[:_MAX_DETAIL_LENGTH] or type(reason).__name__
+        return cls(ok=False, at=now(), kind=kind, detail=detail)
 
 
 class Wanted(_Strict, frozen=True):
-    """What a running daemon is asked to switch to; ``request`` tells one request from the next."""
+    """What a running daemon is asked to switch to, None being the bundle that comes with edge_llm.
 
-    digest: Sha256
+    ``request`` tells one request from the next.
+    """
+
+    digest: Sha256 | None
     request: str
 
 
 class Selection(_Strict, frozen=True):
-    """``selection.json``. Digests are of manifests; None in ``current`` is the bundle that comes with edge_llm."""
+    """``selection.json``. Digests are of manifests.
+
+    None in ``current`` is the bundle that comes with edge_llm, and so it is in ``previous`` beside a current one.
+    """
 
     format: Literal[1] = 1
     current: Sha256 | None = None
@@ -103,8 +112,10 @@ class Selection(_Strict, frozen=True):
     wanted: Wanted | None = None
     health: dict[Sha256, Health] = {}
 
-    def with_health(self, digest: str, health: Health) -> Selection:
-        """The same, knowing how a bundle did."""
+    def with_health(self, digest: str | None, health: Health) -> Selection:
+        """The same, knowing how an installed bundle did."""
+        if digest is None:
+            return self
         return msgspec.structs.replace(self, health={**self.health, digest: health})
 
 
@@ -197,14 +208,15 @@ class BundleStore:
                 replace_file(self.folder / SELECTION_FILE, msgspec.json.encode(after))
             return after
 
-    def want(self, digest: str) -> Wanted:
+    def want(self, digest: str | None) -> Wanted:
         """Ask the daemon that follows the store to switch. Raises ``OSError``."""
         wanted = Wanted(digest=digest, request=secrets.token_hex(8))
         self.update(lambda selection: msgspec.structs.replace(selection, wanted=wanted))
         return wanted
 
-    def activated(self, digest: str) -> Selection:
-        """A bundle has answered its health prompt, and is the current one from now on. Raises ``OSError``."""
+    def activated(self, digest: str | None) -> Selection:
+        """A bundle has answered its health prompt, and is the current one from now on; None is the one that comes with
+        edge_llm. Raises ``OSError``."""
 
         def change(selection: Selection) -> Selection:
             before = selection.previous if selection.current == digest else selection.current
@@ -217,7 +229,7 @@ class BundleStore:
         self.end_start()
         return self.update(change)
 
-    def refused(self, digest: str, health: Health) -> Selection:
+    def refused(self, digest: str | None, health: Health) -> Selection:
         """A bundle was wanted and has failed: nothing is switched. Raises ``OSError``."""
 
         def change(selection: Selection) -> Selection:
@@ -259,14 +271,11 @@ class BundleStore:
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
-    def begin_start(self, fallback: Path | None) -> tuple[Selection, Health | None]:
-        """Count a start of the current bundle before it is loaded; one that never came to READY is given up.
-
-        Args:
-            fallback: the bundle that comes with edge_llm, if there is one.
+    def begin_start(self) -> tuple[Selection, int]:
+        """Count a start of the current bundle before it is loaded.
 
         Returns:
-            What to serve, and the health of what was given up just now, if anything was.
+            What is selected, and how many starts of it before this one have not come to READY.
 
         Raises:
             OSError: the store cannot be written.
@@ -280,48 +289,44 @@ class BundleStore:
             selection = self.refused(selection.wanted.digest, ended)
         starts = _read(self.folder / STARTS_FILE, _Starts)
         count = starts.count if starts is not None and starts.digest == selection.current else 0
-        given_up = None
-        if selection.current is not None and count >= MAX_FAILED_STARTS:
-            health = Health(ok=False, at=now(), kind="crash_loop", detail=f"{count} starts without getting ready")
-            rolled_back = self.roll_back(selection.current, health, fallback)
-            if rolled_back is not None:
-                selection, given_up, count = rolled_back, health, 0
         if selection.current is not None:
-            # No more than needed: where there is nothing to go back to, it is tried for ever.
-            self._write_starts(selection.current, min(count + 1, MAX_FAILED_STARTS))
-        return selection, given_up
+            self.set_starts(selection.current, count + 1)
+        return selection, count
+
+    def set_starts(self, digest: str, count: int) -> None:
+        """So many starts of the current bundle have not come to READY. Raises ``OSError``."""
+        if count == 0:
+            self.end_start()
+            return
+        content = msgspec.json.encode(_Starts(digest=digest, count=count))
+        with self.locked(_SELECTION_LOCK):
+            replace_file(self.folder / STARTS_FILE, content)
 
     def end_start(self) -> None:
-        """The start has come to READY, or was ended on purpose. Raises ``OSError``."""
+        """The start has come to READY. Raises ``OSError``."""
         path = self.folder / STARTS_FILE
         if path.exists():
             path.unlink(missing_ok=True)
             flush_to_disk(self.folder)
 
-    def roll_back(self, failed: str, health: Health, fallback: Path | None) -> Selection | None:
-        """Go back from a current bundle that cannot be served; None if there is nothing to go back to.
+    def roll_back(self, failed: Mapping[str, Health], to: str | None) -> Selection:
+        """Another bundle serves instead of the current one, which failed, and is the current one from now on.
+
+        Args:
+            failed: why, by digest; if the current one is none of these, somebody was quicker, and nothing changes.
+            to: what serves; None is the bundle that comes with edge_llm.
 
         Raises:
             OSError: the store cannot be written.
         """
 
         def change(selection: Selection) -> Selection:
-            if selection.current != failed:
-                return selection  # somebody was quicker
-            selection = selection.with_health(failed, health)
-            previous = selection.previous
-            there = previous if previous is not None and self.path(previous).is_dir() else None
-            if there is None and fallback is None:
+            if selection.current not in failed:
                 return selection
-            return msgspec.structs.replace(selection, current=there, previous=None)
+            health = {**selection.health, **failed}
+            return msgspec.structs.replace(selection, current=to, previous=None, health=health)
 
-        after = self.update(change)
-        return None if after.current == failed else after
-
-    def _write_starts(self, digest: str, count: int) -> None:
-        content = msgspec.json.encode(_Starts(digest=digest, count=count))
-        with self.locked(_SELECTION_LOCK):
-            replace_file(self.folder / STARTS_FILE, content)
+        return self.update(change)
 
     # -- locks --------------------------------------------------------------------------------------------------------
 
@@ -365,7 +370,7 @@ def now() -> str:
     return datetime.now(tz=timezone.utc).isoformat(timespec="seconds")
 
 
-def _unless(wanted: Wanted | None, digest: str) -> Wanted | None:
+def _unless(wanted: Wanted | None, digest: str | None) -> Wanted | None:
     """What is still wanted once ``digest`` has been dealt with."""
     return None if wanted is None or wanted.digest == digest else wanted
 

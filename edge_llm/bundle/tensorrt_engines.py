@@ -4,13 +4,15 @@ A build takes minutes. In a process of its own a crash of the builder ends nothi
 and whoever waits can be told how far it is. The daemon's own session then finds the engines and compiles nothing.
 
 They are kept like prepared copies (edge_llm/bundle/prepare.py): keyed by what they depend on, sealed when they are
-complete, and checked by hash at every start. The provider's options used here are those of
+complete, and checked by hash at every start. One process at a time builds and removes them: another one, such as
+``edge-llm doctor`` beside the daemon, waits and takes what was built. The provider's options used here are those of
 https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html. Never run on hardware.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -18,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
@@ -28,7 +30,9 @@ import onnxruntime as ort
 from edge_llm.bundle.files import replace_file
 from edge_llm.bundle.manifest import sha256_file
 from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
+from edge_llm.device.child import CHILD_FOLDER, child_command
 from edge_llm.device.session import TENSORRT, Provider, make_session, session_options
+from edge_llm.device.sysfs import read_text
 from edge_llm.errors import ConfigError, EdgeLlmError, ProviderError
 
 if TYPE_CHECKING:
@@ -38,13 +42,17 @@ _log = logging.getLogger(__name__)
 
 ENGINE_PATTERN: Final = "*.engine"
 SEAL_FILE: Final = "engines.json"
+LOCK_FILE: Final = "lock"
 # How often it is told how far a build is.
 PROGRESS_S: Final = 5.0
 _FAILED_STATUS: Final = 3
-_COMMAND: Final = (sys.executable, "-m", "edge_llm.bundle.tensorrt_engines")
+_COMMAND: Final = tuple(child_command("edge_llm.bundle.tensorrt_engines"))
 # These follow from the settings' cache_dir.
 _OWN_PATHS: Final = ("trt_engine_cache_path", "trt_timing_cache_path", "trt_ep_context_file_path")
 _PREFIX: Final = "trt_engine_cache_prefix"
+# Below _ROOT: which board it is, its release of Jetson Linux, and the GPU's driver. Each machine has some of them.
+_ROOT = Path("/")
+_MACHINE_FILES: Final = ("proc/device-tree/compatible", "etc/nv_tegra_release", "proc/driver/nvidia/version")
 
 
 class Progress(NamedTuple):
@@ -111,6 +119,9 @@ class TensorrtEngines:
         else:
             options["trt_engine_cache_path"] = str(self._folder)
         self.provider = Provider(provider.name, options)
+        # When the seal was written of what was found whole, and of what is not to be used again.
+        self._found_ns: int | None = None
+        self._discarded_ns: int | None = None
 
     def prepare(self, on_progress: OnProgress) -> bool:
         """See that the engines are there and whole. True if they have been built just now.
@@ -123,34 +134,61 @@ class TensorrtEngines:
         """
         if not self._kept or self._intact():
             return False
-        self.discard()
-        _log.info("building TensorRT engines, which takes minutes", extra={"path": str(self._folder)})
-        started = time.monotonic()
         try:
-            self._folder.mkdir(parents=True)
-            self._build(on_progress)
-            self._seal()
+            with self._locked(on_progress):
+                if self._intact():  # another process has just built the same
+                    return False
+                self._build_anew(on_progress)
         except OSError as error:
-            self.discard()
             raise ProviderError(f"engines cannot be kept in {self._folder}: {error.strerror}") from None
-        except BaseException:
-            self.discard()
-            raise
-        _log.info("TensorRT engines are built", extra={"build_s": round(time.monotonic() - started, 1)})
         return True
 
     def discard(self) -> bool:
-        """Forget what is kept, so that it is built anew. False if there is nothing."""
-        there = self._folder.exists()
+        """Have what was found built anew by the next ``prepare``. False if nothing was.
+
+        It is not removed before: another process may already have built it anew.
+        """
+        self._discarded_ns = self._found_ns
+        return self._found_ns is not None
+
+    @contextlib.contextmanager
+    def _locked(self, on_progress: OnProgress) -> Iterator[None]:
+        """Build alone under this cache folder; tells how far it is while another process builds. Raises ``OSError``."""
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with (self._folder.parent / LOCK_FILE).open("ab") as lock:
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                self._tell(on_progress, started)
+                time.sleep(PROGRESS_S)
+            yield
+
+    def _build_anew(self, on_progress: OnProgress) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-        return there
+        _log.info("building TensorRT engines, which takes minutes", extra={"path": str(self._folder)})
+        started = time.monotonic()
+        try:
+            self._folder.mkdir()
+            self._build(on_progress)
+            self._seal()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        _log.info("TensorRT engines are built", extra={"build_s": round(time.monotonic() - started, 1)})
 
     def _intact(self) -> bool:
         try:
+            sealed_ns = (self._folder / SEAL_FILE).stat().st_mtime_ns
             seal = msgspec.json.decode((self._folder / SEAL_FILE).read_bytes(), type=_Seal)
-            return all(sha256_file(self._folder / name) == digest for name, digest in seal.sha256.items())
+            whole = all(sha256_file(self._folder / name) == digest for name, digest in seal.sha256.items())
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return False
+        if not whole or sealed_ns == self._discarded_ns:
+            return False
+        self._found_ns = sealed_ns
+        return True
 
     def _seal(self) -> None:
         hashes = {path.name: sha256_file(path) for path in self._folder.glob(ENGINE_PATTERN)}
@@ -178,13 +216,12 @@ class TensorrtEngines:
         limit_s = BUILD_TIMEOUT_S * len(graphs)
         started = time.monotonic()
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-        with subprocess.Popen(_COMMAND, stdin=pipe, stdout=nowhere, stderr=pipe) as process:
+        with subprocess.Popen(_COMMAND, cwd=CHILD_FOLDER, stdin=pipe, stdout=nowhere, stderr=pipe) as process:
             try:
                 while True:
-                    elapsed_s = time.monotonic() - started
-                    if elapsed_s > limit_s:
+                    if time.monotonic() - started > limit_s:
                         raise ProviderError(f"building its engines did not end within {limit_s} s")
-                    on_progress(Progress(round(elapsed_s, 1), self._engines(), len(graphs)))
+                    self._tell(on_progress, started)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         _, errors = process.communicate(request, timeout=PROGRESS_S)
                         break
@@ -195,8 +232,9 @@ class TensorrtEngines:
         if process.returncode:
             raise ProviderError(f"its engines could not be built: {_reason(process.returncode, errors)}")
 
-    def _engines(self) -> int:
-        return len(list(self._folder.glob(ENGINE_PATTERN)))
+    def _tell(self, on_progress: OnProgress, started: float) -> None:
+        engines = len(list(self._folder.glob(ENGINE_PATTERN)))
+        on_progress(Progress(round(time.monotonic() - started, 1), engines, len(self._graphs)))
 
 
 def _check_options(provider: Provider) -> None:
@@ -214,7 +252,9 @@ def _is_on(options: Mapping[str, str], name: str) -> bool:
 
 
 def _key(bundle: Bundle, graph: Graph, options: dict[str, str]) -> str:
-    parts = (bundle.digest, graph.target, ort.__version__, *(f"{key}={options[key]}" for key in sorted(options)))
+    machine = (read_text(_ROOT / name) or "" for name in _MACHINE_FILES)
+    settings = (f"{key}={options[key]}" for key in sorted(options))
+    parts = (bundle.digest, graph.target, ort.__version__, *machine, *settings)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -10,19 +10,21 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from edge_llm import errors
 from edge_llm.bundle.manifest import Bundle
-from edge_llm.config import Config
+from edge_llm.config import Config, cache_dir
+from edge_llm.device.child import CHILD_FOLDER, child_command, end_first_without_memory, signal_name
 from edge_llm.engine.loading import load_model
 from edge_llm.errors import BundleError, BundleHealthError, ConfigError, EdgeLlmError, MemoryPlanError
 from edge_llm.logs import configure_logging
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edge_llm.bundle.store import BundleStore
 
 _FAILED_STATUS: Final = 3
@@ -33,6 +35,12 @@ _MAX_REPORT_BYTES: Final = 1 << 16
 class _Request(msgspec.Struct, frozen=True):
     folder: str
     config: Config
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """Which bundle has answered its health prompt."""
+
+    digest: str
 
 
 class _Report(msgspec.Struct, frozen=True):
@@ -67,16 +75,20 @@ def probe(folder: Path, config: Config) -> None:
 
     Raises:
         BundleHealthError: it ends its process, or takes longer than ``activation_timeout_s``.
-        MemoryPlanError, BundleError, ConfigError: as ``load_model`` does.
+        MemoryPlanError: the kernel ended the process, as it does when memory runs out; or as ``load_model`` does.
+        BundleError, ConfigError: as ``load_model`` does.
     """
+    digest = Bundle.open(folder).digest
     small = msgspec.structs.replace(
         config,
+        cache_dir=str(cache_dir(config).absolute()),
         engine=msgspec.structs.replace(config.engine, slots=1),
         cache=msgspec.structs.replace(config.cache, prefix=False),
     )
-    request = msgspec.json.encode(_Request(str(folder), small))
+    request = msgspec.json.encode(_Request(str(folder.absolute()), small))
     process = subprocess.Popen(
-        [sys.executable, "-m", "edge_llm.engine.probe"],
+        child_command("edge_llm.engine.probe"),
+        cwd=CHILD_FOLDER,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -90,9 +102,8 @@ def probe(folder: Path, config: Config) -> None:
         ) from None
     finally:
         _end(process)
-    if process.returncode == 0:
-        return
-    raise _error_of(process.returncode, raw)
+    if process.returncode != 0 or not _has_answered(raw, digest):
+        raise _error_of(process.returncode, raw)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -103,6 +114,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.communicate()
 
 
+def _has_answered(raw: bytes, digest: str) -> bool:
+    """Whether the child says so: a status of 0 alone may come from anything that ends a process."""
+    with contextlib.suppress(msgspec.MsgspecError):
+        return msgspec.json.decode(raw[-_MAX_REPORT_BYTES:], type=_Answer).digest == digest
+    return False
+
+
 def _error_of(status: int, raw: bytes) -> EdgeLlmError:
     """The error that the child met, as one of ours."""
     if status == _FAILED_STATUS:
@@ -111,21 +129,39 @@ def _error_of(status: int, raw: bytes) -> EdgeLlmError:
             kind = getattr(errors, report.error, None)
             known = isinstance(kind, type) and issubclass(kind, (BundleError, ConfigError, MemoryPlanError))
             return kind(report.message) if known and kind is not None else BundleHealthError(report.message)
-    what = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    if status == -signal.SIGKILL:
+        return MemoryPlanError(
+            "loading it was ended by SIGKILL, as the kernel does when memory runs out: free memory, raise the control "
+            "group's limit, or use a smaller bundle"
+        )
+    if status == 0:
+        return BundleHealthError("its process ended without saying that it has answered its health prompt")
+    what = signal_name(-status) if status < 0 else f"exit status {status}"
     return BundleHealthError(f"loading it ends the process ({what})")
 
 
 def main() -> int:
     """The child's part."""
+    end_first_without_memory()
+    # Libraries print what they like; only the answer goes where it is waited for.
+    answer = os.dup(1)
+    os.dup2(2, 1)
     configure_logging("error", "text")
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
     try:
         # Its signature was checked by who asks.
-        load_model(Bundle.open(request.folder), request.config)
+        bundle = Bundle.open(request.folder)
+        load_model(bundle, request.config)
     except Exception as error:
-        sys.stdout.buffer.write(msgspec.json.encode(_Report(type(error).__name__, str(error))))
+        _write(answer, _Report(type(error).__name__, str(error)))
         return _FAILED_STATUS
+    _write(answer, _Answer(bundle.digest))
     return 0
+
+
+def _write(descriptor: int, message: _Answer | _Report) -> None:
+    with open(descriptor, "wb") as stream:
+        stream.write(msgspec.json.encode(message))
 
 
 if __name__ == "__main__":

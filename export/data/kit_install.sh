@@ -20,13 +20,34 @@ target=/opt/edge-llm
 if [ $# -gt 0 ] && [ "$1" != -- ]; then target=$1; shift; fi
 if [ "${1:-}" = -- ]; then shift; fi
 [ "$action" != install ] || [ $# -eq 0 ] || fail "settings are for a service: give --service first"
-program=$target/venv/bin/edge-llm
+# Of the settings, those of --root: where the machine's / is.
+root=
+previous=
+for setting; do
+    case "$setting" in --root=*) root=${setting#--root=} ;; esac
+    [ "$previous" != --root ] || root=$setting
+    previous=$setting
+done
+units=$root/etc/systemd/system
+record=$root/etc/edge-llm/install.json
+
+# Whether the service of this machine is the program of this folder, however it has become one.
+serves() {
+    grep -qF -e "ExecStart=$program " -e "ExecStart=\"$program\" " "$units/edge-llm.service.d/10-machine.conf" 2>/dev/null
+}
+
+remove_service() { "$program" install --uninstall --yes ${root:+--root "$root"}; }
 
 if [ "$action" = uninstall ]; then
-    [ -x "$program" ] || fail "nothing was installed into $target by this kit"
-    # First, since it needs the program; should it fail, everything stays.
-    if [ -e "$target/service" ]; then "$program" install --uninstall --yes "$@"; fi
-    rm -rf "$target/venv" "$target/bundle" "$target/cache" "$target/service"
+    [ -e "$target/.edge-llm-kit" ] || fail "nothing was installed into $target by this kit"
+    target=$(cd "$target" && pwd)
+    program=$target/venv/bin/edge-llm
+    # First, since it needs the program; where a unit stays, everything does. An image names a program of its own.
+    if serves || { [ -n "$root" ] && [ -e "$record" ]; }; then
+        remove_service || [ ! -e "$units/edge-llm.service" ] || fail "the service stays, and so does $target"
+    fi
+    rm -rf "$target/venv" "$target/bundle" "$target/cache"
+    rm "$target/.edge-llm-kit"
     rmdir "$target" 2>/dev/null || echo "kept: $target, which holds files that are not from the kit"
     echo "removed"
     exit
@@ -45,8 +66,21 @@ echo "installing into $target with Python $version"
 mkdir -p "$target"
 target=$(cd "$target" && pwd)
 program=$target/venv/bin/edge-llm
-# A failed installation leaves nothing behind.
-trap 'rm -rf "$target"' EXIT
+new_record=$record
+[ ! -e "$record" ] || new_record=
+# A failed or interrupted installation leaves nothing behind. A service that was there before stays, unless its units
+# have come to name the program that goes.
+undo() {
+    if serves || [ -e "$new_record" ]; then remove_service || :; fi
+    rm -rf "$target"
+}
+trap undo EXIT
+# Without these some shells end at once.
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+# What --uninstall knows the folder by.
+: >"$target/.edge-llm-kit"
 "$python" -m venv "$target/venv" || fail "$python cannot make environments: install its venv package (python3-venv)"
 # With a provider's own onnxruntime in extra/ (a Jetson's), that one is installed, and the kit's is not.
 if ls "$kit"/extra/*.whl >/dev/null 2>&1; then
@@ -60,7 +94,6 @@ if [ "$action" = service ]; then
     # A machine that has its config file already takes the bundle from there.
     [ -e /etc/edge-llm/config.toml ] || set -- --bundle "$target/bundle" "$@"
     "$program" install --yes "$@"
-    : >"$target/service"
     trap - EXIT
     exit
 fi

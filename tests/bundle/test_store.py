@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
@@ -14,7 +13,6 @@ from edge_llm.bundle.store import SELECTION_FILE, STARTS_FILE, BundleStore, Heal
 from edge_llm.config import Config, bundle_store_dir
 from edge_llm.errors import BundleHealthError, BundleIntegrityError, BundleNotFoundError, ConfigError
 from tests.bundle.versions import version_of
-from tests.paths import TINY_BUNDLE
 
 
 @pytest.fixture
@@ -104,64 +102,59 @@ def test_a_damaged_selection_counts_as_none(store, two, content, caplog):
     assert store.selection().current == two[1]
 
 
-def test_three_starts_without_ready_go_back_to_the_one_before(store, two):
+def test_starts_without_ready_are_counted_and_change_nothing(store, two):
+    store.activated(two[1])
+    before = store.selection()
+    assert [store.begin_start() for _ in range(4)] == [(before, count) for count in range(4)]
+    store.set_starts(two[1], 1)
+    assert store.begin_start() == (before, 1)
+    store.set_starts(two[1], 0)
+    assert store.begin_start() == (before, 0)
+
+
+@pytest.mark.parametrize("to_shipped", [False, True])
+def test_roll_back_changes_the_selection_only_if_what_failed_is_current(store, two, to_shipped):
     first, second = two
     store.activated(second)
-    for _ in range(3):
-        selection, given_up = store.begin_start(None)
-        assert (selection.current, given_up) == (second, None)
-    selection, given_up = store.begin_start(None)
-    assert (selection.current, selection.previous) == (first, None)
-    assert given_up is not None
-    assert (given_up.kind, given_up.detail) == ("crash_loop", "3 starts without getting ready")
-    assert store.selection().health[second] == given_up
+    sick = Health.failed(BundleHealthError("no"))
+    to = None if to_shipped else first
+    assert store.roll_back({"c" * 64: sick}, to).current == second
+    after = store.roll_back({second: sick}, to)
+    assert (after.current, after.previous, after.health[second]) == (to, None, sick)
+    assert store.selection() == after
+
+
+def test_the_one_that_comes_along_can_be_current_and_before(store, two):
+    store.activated(None)
+    selection = store.selection()
+    assert (selection.current, selection.previous) == (None, two[0])
+    store.activated(two[1])
+    assert store.selection().previous is None
 
 
 def test_ready_starts_the_count_anew(store, two):
     store.activated(two[1])
     for _ in range(10):
-        assert store.begin_start(None)[0].current == two[1]
+        assert store.begin_start()[1] == 0
         store.end_start()
     for _ in range(2):
-        store.begin_start(None)
+        store.begin_start()
     # As does another activation of the same bundle.
     store.activated(two[1])
-    for _ in range(3):
-        assert store.begin_start(None)[0].current == two[1]
-
-
-def test_a_first_bundle_goes_back_to_the_one_that_comes_along(store, two):
-    for _ in range(3):
-        store.begin_start(TINY_BUNDLE)
-    selection, given_up = store.begin_start(TINY_BUNDLE)
-    assert given_up is not None
-    assert selection.current is None
-
-
-def test_with_nothing_to_go_back_to_it_is_tried_for_ever(store, two):
-    for _ in range(8):
-        selection, given_up = store.begin_start(None)
-        assert (selection.current, given_up) == (two[0], None)
-
-
-def test_one_before_that_is_gone_is_nothing_to_go_back_to(store, two):
-    store.activated(two[1])
-    shutil.rmtree(store.path(two[0]))
-    for _ in range(5):
-        assert store.begin_start(None)[0].current == two[1]
+    assert store.begin_start()[1] == 0
 
 
 def test_a_damaged_count_begins_anew(store, two):
     store.activated(two[1])
     for _ in range(3):
-        store.begin_start(None)
+        store.begin_start()
     (store.folder / STARTS_FILE).write_bytes(b"\0" * 20)
-    assert store.begin_start(None)[0].current == two[1]
+    assert store.begin_start()[1] == 0
 
 
 def test_what_a_daemon_was_asked_for_when_it_ended_is_not_tried_again(store, two):
     store.want(two[1])
-    selection, _ = store.begin_start(None)
+    selection, _ = store.begin_start()
     assert (selection.current, selection.wanted) == (two[0], None)
     assert selection.health[two[1]].kind == "interrupted"
 
@@ -184,7 +177,13 @@ def test_what_is_served_without_a_name(store, two, tmp_path):
 
 
 def test_the_files_are_for_people_too(store, two):
-    store.begin_start(None)
+    store.begin_start()
     assert json.loads((store.folder / SELECTION_FILE).read_text())["current"] == two[0]
     assert json.loads((store.folder / STARTS_FILE).read_text()) == {"digest": two[0], "count": 1}
     assert Bundle.open(store.path(two[0])).manifest.version == "1.0"
+
+
+def test_a_long_reason_is_cut_so_that_the_selection_can_be_read_again(store, two):
+    reason = "\x01" * (1 << 20)  # six bytes each in JSON
+    store.refused(two[1], Health.failed(BundleHealthError(reason)))
+    assert store.selection().health[two[1]].detail == reason[:2000]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +107,54 @@ def test_engines_are_kept_apart_by_what_they_depend_on(tmp_path):
     assert usual.parent == tmp_path / "tensorrt"
     assert folder_of(engines(tmp_path)) == usual
     assert folder_of(engines(tmp_path, {**OPTIONS, "trt_fp16_enable": "0"})) != usual
+
+
+@pytest.mark.parametrize("name", ["proc/device-tree/compatible", "etc/nv_tegra_release", "proc/driver/nvidia/version"])
+def test_engines_of_another_machine_are_not_taken(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tensorrt_engines, "_ROOT", tmp_path)
+    folders = {folder_of(engines(tmp_path))}
+    (tmp_path / name).parent.mkdir(parents=True)
+    for text in ("nvidia,p3767-0003\0nvidia,tegra234\0", "nvidia,p3701-0005\0nvidia,tegra234\0"):
+        (tmp_path / name).write_text(text)
+        folders |= {folder_of(engines(tmp_path)), folder_of(engines(tmp_path))}
+    assert len(folders) == 3
+
+
+def test_who_comes_while_another_builds_waits_and_takes_the_same(builder, tmp_path):
+    builder(SLOW_BUILDER)
+    one, other = engines(tmp_path), engines(tmp_path)
+    building, told = threading.Event(), []
+    built: list[bool] = []
+    thread = threading.Thread(target=lambda: built.append(one.prepare(lambda _progress: building.set())))
+    thread.start()
+    assert building.wait(10)
+
+    def on_progress(progress: Progress) -> None:
+        told.append(progress)
+        if len(told) == 3:
+            for number in range(2):
+                (tmp_path / "tensorrt" / f"go{number}").touch()
+
+    assert not other.prepare(on_progress)
+    thread.join()
+    assert built == [True]
+    assert len(told) >= 3
+    assert {progress.graphs for progress in told} == {2}
+    assert not engines(tmp_path).prepare(ignore)
+
+
+def test_only_what_was_found_is_discarded_not_what_another_has_built_since(builder, tmp_path):
+    builder(FAST_BUILDER)
+    engines(tmp_path).prepare(ignore)
+    one, other = engines(tmp_path), engines(tmp_path)
+    assert not one.discard()
+    assert not one.prepare(ignore)
+    assert not other.prepare(ignore)
+    # Both find that they cannot be loaded; the first builds anew.
+    assert one.discard()
+    assert one.prepare(ignore)
+    assert other.discard()
+    assert not other.prepare(ignore)
 
 
 def test_only_one_older_set_is_kept(builder, tmp_path):

@@ -24,7 +24,7 @@ from edge_llm.bundle import prepare
 from edge_llm.bundle.files import replace_file
 from edge_llm.bundle.incoming import install
 from edge_llm.bundle.manifest import Bundle
-from edge_llm.bundle.store import BundleStore
+from edge_llm.bundle.store import BundleStore, Health
 from edge_llm.cache.response_cache import CachedResponse, ResponseCache
 from edge_llm.cache.state_db import StateDb
 from tests.paths import TINY_BUNDLE
@@ -130,7 +130,7 @@ def activate_bundle(folder: Path, power: Power, _model: Path) -> None:
     power.guard()
     store.want("b" * 64)
     store.activated("b" * 64)
-    store.begin_start(None)
+    store.begin_start()
     store.end_start()
 
 
@@ -140,10 +140,13 @@ def roll_back_bundle(folder: Path, power: Power, _model: Path) -> None:
         store.path(digest).mkdir(parents=True)
         store.activated(digest)
     for _ in range(3):
-        store.begin_start(None)
+        store.begin_start()
     power.keep()
     power.guard()
-    store.begin_start(None)
+    store.begin_start()
+    health = Health(ok=False, at="", kind="crash_loop", detail="3 starts without getting ready")
+    store.roll_back({"b" * 64: health}, "a" * 64)
+    store.end_start()
 
 
 def remove_bundle(folder: Path, power: Power, _model: Path) -> None:

@@ -6,9 +6,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -92,6 +94,109 @@ def test_it_becomes_a_service_through_edge_llm_install_and_goes_again(unpacked, 
     removed = install(unpacked, "--uninstall", target, "--", "--root", root)
     assert removed.returncode == 0, removed.stderr
     assert not files(tmp_path)
+    assert not target.exists()
+
+
+def test_a_service_that_the_program_itself_made_goes_first(unpacked, tmp_path):
+    root, target = tmp_path / "root", tmp_path / "opt"
+    assert install(unpacked, target).returncode == 0
+    program = target / "venv/bin/edge-llm"
+    command = [
+        program,
+        "install",
+        "--yes",
+        "--root",
+        root,
+        "--device",
+        "x86-64",
+        "--bundle",
+        TINY,
+    ]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    record, unit = root / "etc/edge-llm/install.json", root / "etc/systemd/system/edge-llm.service"
+    written = record.read_bytes()
+
+    # Where the service cannot be removed, the program that it starts stays.
+    record.write_text("?")
+    kept = install(unpacked, "--uninstall", target, "--", "--root", root)
+    assert kept.returncode == 1
+    assert "the service stays" in kept.stderr
+    assert program.exists()
+    assert unit.exists()
+
+    # A unit that was removed by hand keeps nothing.
+    record.write_bytes(written)
+    unit.unlink()
+    removed = install(unpacked, "--uninstall", os.path.relpath(target), "--", f"--root={root}")
+    assert removed.returncode == 0, removed.stderr
+    assert not files(tmp_path)
+    assert not target.exists()
+
+
+def kit_folder_with(target: Path, root: Path, program_name: str) -> Path:
+    """What the installer looks at: a program that only says how it was called, and a unit that starts another one."""
+    program = target / "venv/bin/edge-llm"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\necho "called: $*"\nrm {root}/etc/systemd/system/edge-llm.service\nexit 1\n')
+    program.chmod(0o755)
+    (target / ".edge-llm-kit").touch()
+    drop_in = root / "etc/systemd/system/edge-llm.service.d/10-machine.conf"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text(f"[Service]\nExecStart=\nExecStart={program_name} serve\n")
+    (root / "etc/systemd/system/edge-llm.service").touch()
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "called"), [("{target}/venv/bin/edge-llm", True), ("/srv{target}/venv/bin/edge-llm", False)]
+)
+def test_a_service_is_known_by_the_program_that_it_starts(unpacked, tmp_path, name, called):
+    root = tmp_path / "root"
+    target = kit_folder_with(tmp_path / "opt", root, name.format(target=tmp_path / "opt"))
+    removed = install(unpacked, "--uninstall", target, "--", "--root", root)
+    assert removed.returncode == 0, removed.stderr
+    # It failed, but only after the unit had gone.
+    assert (f"called: install --uninstall --yes --root {root}" in removed.stdout) is called
+    assert (root / "etc/systemd/system/edge-llm.service").exists() is not called
+    assert not target.exists()
+
+
+def test_a_service_that_fails_half_way_leaves_no_units(unpacked, tmp_path):
+    root, target = tmp_path / "root", tmp_path / "opt"
+    (root / "etc/systemd/system/edge-llm.service.d/10-machine.conf.partial").mkdir(parents=True)
+    settings = ("--root", root, "--device", "x86-64", "--bundle", TINY)
+    result = install(unpacked, "--service", target, "--", *settings)
+    assert result.returncode != 0
+    assert "remove   /etc/systemd/system/edge-llm.service" in result.stdout
+    assert not files(tmp_path)
+    assert not target.exists()
+
+
+def test_a_folder_of_somebody_else_is_not_removed(unpacked, tmp_path):
+    target = tmp_path / "opt"
+    program = target / "venv/bin/edge-llm"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    result = install(unpacked, "--uninstall", target)
+    assert result.returncode == 1
+    assert "nothing was installed into" in result.stderr
+    assert program.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_installation_leaves_nothing(unpacked, tmp_path, number):
+    target, python = tmp_path / "opt", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {PYTHON} || exec sleep 60\n')
+    python.chmod(0o755)
+    command = ["sh", str(unpacked / "install.sh"), str(target)]
+    environment = {**NO_INDEX, "PYTHON": str(python)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not (target / ".edge-llm-kit").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+    assert process.returncode == 128 + number
     assert not target.exists()
 
 

@@ -68,8 +68,8 @@ class Setting:
         self.now = 0.0
         self.manager = manager
         self.link, self.engine = Heartbeat(), Heartbeat()
-        threads = {"mqtt-link": self.link, "engine": self.engine}
-        self.watchdog = Watchdog(Notifier(manager.address), threads, 30.0, clock=lambda: self.now)
+        self.threads = {"mqtt-link": self.link, "engine": self.engine}
+        self.watchdog = Watchdog(Notifier(manager.address), lambda: self.threads, 30.0, clock=lambda: self.now)
 
     def pings_at(self, now):
         self.now = now
@@ -123,9 +123,30 @@ def test_an_excuse_ends(setting):
     assert not setting.pings_at(20)
 
 
+def test_threads_that_come_go_and_change_their_names_do_not_delay_a_ping(setting):
+    for now in range(1, 60):
+        if now % 7 == 0:
+            # As during a switch: another engine comes first, and has the name of the old one afterwards.
+            setting.threads["engine1"] = Heartbeat()
+        if now % 7 == 3 and "engine1" in setting.threads:
+            setting.threads["engine"] = setting.threads.pop("engine1")
+        for heartbeat in setting.threads.values():
+            heartbeat.beat()
+        assert setting.pings_at(float(now)) == (now % 10 == 0)
+
+
+def test_a_thread_that_has_got_another_name_must_move_all_the_same(setting):
+    setting.link.beat()
+    setting.engine.beat()
+    assert setting.pings_at(10)
+    setting.threads["engine1"] = setting.threads.pop("engine")
+    setting.link.beat()
+    assert not setting.pings_at(20)
+
+
 def test_without_a_timeout_there_are_no_pings(manager):
     heartbeat = Heartbeat()
-    watchdog = Watchdog(Notifier(manager.address), {"engine": heartbeat}, None)
+    watchdog = Watchdog(Notifier(manager.address), lambda: {"engine": heartbeat}, None)
     heartbeat.beat()
     watchdog.tick()
     assert not manager.hears("WATCHDOG=1", 0.01)

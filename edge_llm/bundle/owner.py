@@ -1,0 +1,164 @@
+"""Acting as the owner of the bundle store, who is the daemon's user.
+
+What root wrote there the daemon could not read, and what the daemon may have put in root's way must harm nobody. So
+root goes into the folder, which may lie below one that only root can enter (/var/lib/private, with DynamicUser=), and
+a process that gives up root for good does the work from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from edge_llm.bundle.store import BundleStore
+from edge_llm.config import bundle_store_dir
+from edge_llm.device.child import signal_name
+from edge_llm.errors import BundleError, ConfigError, EdgeLlmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from edge_llm.config import Config
+
+    # Takes the store, and whether it is another user's than who has run the command; yields lines for people.
+    Work = Callable[[BundleStore, bool], Iterator[str]]
+
+
+class _Message(msgspec.Struct, frozen=True):
+    """What the process that does the work tells; the last one is not ``said``."""
+
+    kind: Literal["said", "done", "bundle", "settings"]
+    text: str = ""
+
+
+def as_owner(config: Config, work: Work) -> Iterator[str]:
+    """Do ``work`` as the owner of the store, or of the folder that it will be in; only root has to change for that.
+
+    Where root does, the store's folder is relative and all other paths that ``work`` uses have to be absolute.
+
+    Yields:
+        What ``work`` does.
+
+    Raises:
+        BundleError: ``work`` did.
+        ConfigError: ``work`` did, or the store is a link, or cannot be reached.
+    """
+    folder = bundle_store_dir(config).absolute()
+    if os.geteuid() != 0:
+        _refuse_link(folder)
+        yield from work(BundleStore(folder), False)
+        return
+    anchor, descriptor = _open_anchor(config, folder)
+    try:
+        if os.fstat(descriptor).st_uid == 0:
+            yield from work(BundleStore(folder), False)
+        else:
+            yield from _in_child(descriptor, folder.relative_to(anchor), work)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_link(folder: Path) -> None:
+    try:
+        is_link = folder.is_symlink()
+    except OSError as error:
+        raise ConfigError(f"the bundle store {folder} cannot be read: {error.strerror}; use sudo") from None
+    if is_link:
+        raise ConfigError(f"the bundle store {folder} is a link: set bundle_store to the folder itself")
+
+
+def _open_anchor(config: Config, folder: Path) -> tuple[Path, int]:
+    """The folder whose owner is acted as, and a descriptor of it.
+
+    The daemon's user can put what he likes below the state folder, so by default that says who he is.
+    """
+    _refuse_link(folder)
+    anchor, descriptor = folder, -1
+    for start in (folder,) if config.bundle_store is not None else (folder.parent, folder):
+        if descriptor >= 0:
+            os.close(descriptor)
+        anchor = next(path for path in (start, *start.parents) if path.exists())
+        # /var/lib/edge-llm is a link that systemd made; the store itself must be none, now either.
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (os.O_NOFOLLOW if anchor == folder else 0)
+        try:
+            descriptor = os.open(anchor, flags)
+        except OSError as error:
+            raise ConfigError(f"the bundle store {folder} cannot be used: {error}") from None
+        if os.fstat(descriptor).st_uid != 0:
+            break
+    return anchor, descriptor
+
+
+def _in_child(descriptor: int, store: Path, work: Work) -> Iterator[str]:
+    """Do ``work`` in a process that is the owner of the folder ``descriptor``, and in it; ``store`` is below."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reading)
+            _become_owner(descriptor)
+            _tell(writing, work(BundleStore(store), True))
+            status = 0
+        except (KeyboardInterrupt, BrokenPipeError):
+            pass  # whoever has started us knows
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    last, ended = None, False
+    try:
+        with open(reading, "rb") as stream, contextlib.suppress(msgspec.MsgspecError):
+            for raw in stream:
+                last = msgspec.json.decode(raw, type=_Message)
+                if last.kind == "said":
+                    yield last.text
+            ended = True
+    finally:
+        if not ended:
+            os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+    _check_end(last, os.waitstatus_to_exitcode(status))
+
+
+def _become_owner(descriptor: int) -> None:
+    """Go into the folder, and be its owner from now on: there is no way back to root."""
+    owner = os.fstat(descriptor)
+    os.fchdir(descriptor)
+    os.setgroups([])
+    os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+    os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+
+
+def _tell(writing: int, lines: Iterator[str]) -> None:
+    with open(writing, "wb", buffering=0) as stream:
+
+        def send(message: _Message) -> None:
+            stream.write(msgspec.json.encode(message) + b"\n")
+
+        try:
+            for line in lines:
+                send(_Message("said", line))
+            send(_Message("done"))
+        except BundleError as error:
+            send(_Message("bundle", str(error)))
+        except EdgeLlmError as error:
+            send(_Message("settings", str(error)))
+
+
+def _check_end(last: _Message | None, status: int) -> None:
+    """Raise what the process has told; that it ended well is believed only if it said so."""
+    if last is not None and last.kind == "bundle":
+        raise BundleError(last.text)
+    if last is not None and last.kind == "settings":
+        raise ConfigError(last.text)
+    if last is None or last.kind != "done" or status != 0:
+        how = signal_name(-status) if status < 0 else f"exit status {status}"
+        raise ConfigError(f"the process that worked on the bundle store ended before it was done ({how})")
