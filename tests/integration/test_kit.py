@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,13 @@ def unpacked(tmp_path_factory) -> Path:
         stream.extractall(folder, filter="data")
     (inside,) = folder.glob("edge-llm-kit-*")
     return inside
+
+
+@pytest.fixture(scope="module")
+def visible_bundle() -> Iterator[Path]:
+    """A bundle where the service can see it, wherever the checkout and pytest's folders lie."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(shutil.copytree(TINY, Path(folder) / "bundle"))
 
 
 def install(kit_folder: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +84,7 @@ def test_the_wheel_carries_the_units_and_the_device_files(unpacked):
     assert {f"edge_llm/device_configs/{path.name}" for path in DEVICE_CONFIGS.glob("*.toml")} <= names
 
 
-def test_it_becomes_a_service_through_edge_llm_install_and_goes_again(unpacked, tmp_path):
+def test_it_becomes_a_service_through_edge_llm_install_and_goes_again(unpacked, visible_bundle, tmp_path):
     root, target = tmp_path / "root", tmp_path / "opt"
     image = ("--root", root, "--device", "x86-64")
     # The service would not see a bundle under /tmp; what edge-llm install refuses leaves nothing.
@@ -85,7 +94,7 @@ def test_it_becomes_a_service_through_edge_llm_install_and_goes_again(unpacked, 
     assert not target.exists()
     assert not files(tmp_path)
 
-    result = install(unpacked, "--service", target, "--", *image, "--bundle", TINY, "--node", "car7")
+    result = install(unpacked, "--service", target, "--", *image, "--bundle", visible_bundle, "--node", "car7")
     assert result.returncode == 0, result.stderr
     unit = root / "etc/systemd/system/edge-llm.service"
     assert unit.read_text() == (DEVICE_CONFIGS.parent / "systemd/edge-llm.service").read_text()
@@ -97,7 +106,7 @@ def test_it_becomes_a_service_through_edge_llm_install_and_goes_again(unpacked, 
     assert not target.exists()
 
 
-def test_a_service_that_the_program_itself_made_goes_first(unpacked, tmp_path):
+def test_a_service_that_the_program_itself_made_goes_first(unpacked, visible_bundle, tmp_path):
     root, target = tmp_path / "root", tmp_path / "opt"
     assert install(unpacked, target).returncode == 0
     program = target / "venv/bin/edge-llm"
@@ -110,7 +119,7 @@ def test_a_service_that_the_program_itself_made_goes_first(unpacked, tmp_path):
         "--device",
         "x86-64",
         "--bundle",
-        TINY,
+        visible_bundle,
     ]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     record, unit = root / "etc/edge-llm/install.json", root / "etc/systemd/system/edge-llm.service"
@@ -161,10 +170,10 @@ def test_a_service_is_known_by_the_program_that_it_starts(unpacked, tmp_path, na
     assert not target.exists()
 
 
-def test_a_service_that_fails_half_way_leaves_no_units(unpacked, tmp_path):
+def test_a_service_that_fails_half_way_leaves_no_units(unpacked, visible_bundle, tmp_path):
     root, target = tmp_path / "root", tmp_path / "opt"
     (root / "etc/systemd/system/edge-llm.service.d/10-machine.conf.partial").mkdir(parents=True)
-    settings = ("--root", root, "--device", "x86-64", "--bundle", TINY)
+    settings = ("--root", root, "--device", "x86-64", "--bundle", visible_bundle)
     result = install(unpacked, "--service", target, "--", *settings)
     assert result.returncode != 0
     assert "remove   /etc/systemd/system/edge-llm.service" in result.stdout
