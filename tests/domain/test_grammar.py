@@ -276,7 +276,12 @@ def test_any_walk_ends_in_an_answer_that_the_schema_allows(random, text):
     assert answer.dropped_actions == 0
     assert answer.kind == GRAMMAR.kinds[written[0]]
     assert (answer.kind == "command") == bool(answer.actions)
-    assert len(answer.actions) == sum(token_id in GRAMMAR.actions for token_id in written) <= SCHEMA.max_actions
+    # What is repeated is done once.
+    started = [GRAMMAR.actions[token_id].name for token_id in written if token_id in GRAMMAR.actions]
+    assert {call.name for call in answer.actions} == set(started)
+    assert len(answer.actions) <= len(started) <= SCHEMA.max_actions
+    done = [(call.name, call.slots) for call in answer.actions]
+    assert all(call not in done[:index] for index, call in enumerate(done))
     for call in answer.actions:
         action = SCHEMA.action(call.name)
         assert action is not None
