@@ -18,7 +18,7 @@ import msgspec
 
 from edge_llm.bundle.store import BundleStore
 from edge_llm.config import bundle_store_dir
-from edge_llm.device.child import signal_name
+from edge_llm.device.child import how_it_ended
 from edge_llm.errors import BundleError, ConfigError, EdgeLlmError
 
 if TYPE_CHECKING:
@@ -160,5 +160,5 @@ def _check_end(last: _Message | None, status: int) -> None:
     if last is not None and last.kind == "settings":
         raise ConfigError(last.text)
     if last is None or last.kind != "done" or status != 0:
-        how = signal_name(-status) if status < 0 else f"exit status {status}"
+        how = how_it_ended(status)
         raise ConfigError(f"the process that worked on the bundle store ended before it was done ({how})")

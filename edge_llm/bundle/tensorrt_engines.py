@@ -30,7 +30,7 @@ import onnxruntime as ort
 from edge_llm.bundle.files import replace_file
 from edge_llm.bundle.manifest import sha256_file
 from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
-from edge_llm.device.child import CHILD_FOLDER, child_command
+from edge_llm.device.child import CHILD_FOLDER, child_command, end_first_without_memory
 from edge_llm.device.session import TENSORRT, Provider, make_session, session_options
 from edge_llm.device.sysfs import read_text
 from edge_llm.errors import ConfigError, EdgeLlmError, ProviderError
@@ -273,9 +273,7 @@ def _make_sessions(graphs: Sequence[str], options: dict[str, str]) -> None:
 
 def main() -> int:
     """What the process does that is asked for on its standard input."""
-    # Should memory run out, the kernel is to end this process, not the daemon that waits for it (proc(5)).
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    end_first_without_memory()
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=_Request)
     try:
         _make_sessions(request.graphs, request.options)

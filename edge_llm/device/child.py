@@ -23,6 +23,11 @@ def end_first_without_memory() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
+def how_it_ended(status: int) -> str:
+    """The signal, or the exit status, that a process ended with; as ``subprocess`` gives it."""
+    return signal_name(-status) if status < 0 else f"exit status {status}"
+
+
 def signal_name(number: int) -> str:
     """``SIGSEGV``, or ``signal 40`` for one without a name, as a real-time signal."""
     try:

@@ -17,7 +17,7 @@ import msgspec
 from edge_llm import errors
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.config import Config, cache_dir
-from edge_llm.device.child import CHILD_FOLDER, child_command, end_first_without_memory, signal_name
+from edge_llm.device.child import CHILD_FOLDER, child_command, end_first_without_memory, how_it_ended
 from edge_llm.engine.loading import load_model
 from edge_llm.errors import BundleError, BundleHealthError, ConfigError, EdgeLlmError, MemoryPlanError
 from edge_llm.logs import configure_logging
@@ -136,8 +136,7 @@ def _error_of(status: int, raw: bytes) -> EdgeLlmError:
         )
     if status == 0:
         return BundleHealthError("its process ended without saying that it has answered its health prompt")
-    what = signal_name(-status) if status < 0 else f"exit status {status}"
-    return BundleHealthError(f"loading it ends the process ({what})")
+    return BundleHealthError(f"loading it ends the process ({how_it_ended(status)})")
 
 
 def main() -> int:

@@ -72,9 +72,10 @@ def line_bits_per_byte(model: Any, lines: Sequence[Sequence[int]], num_bytes: in
     nats = 0.0
     model.eval()
     for line in lines:
+        token_ids = torch.tensor([list(line)])
         with torch.no_grad():
-            logits = model(torch.tensor([list(line)])).logits[0, :-1].float()
-        nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(list(line[1:])), reduction="sum"))
+            logits = model(token_ids).logits[0, :-1].float()
+        nats += float(torch.nn.functional.cross_entropy(logits, token_ids[0, 1:], reduction="sum"))
     return nats / math.log(2) / num_bytes
 
 
@@ -87,13 +88,6 @@ def bits_per_byte(model: Any, token_ids: Sequence[int], num_bytes: int, window_t
         num_bytes: its length.
         window_tokens: the model sees at most so many tokens at once.
     """
-    import torch
-
-    nats = 0.0
-    model.eval()
-    for start in range(0, len(token_ids) - 1, window_tokens - 1):
-        window = torch.tensor([list(token_ids[start : start + window_tokens])])
-        with torch.no_grad():
-            logits = model(window).logits[0, :-1].float()
-        nats += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
-    return nats / math.log(2) / num_bytes
+    step = window_tokens - 1
+    windows = [token_ids[start : start + window_tokens] for start in range(0, len(token_ids) - 1, step)]
+    return line_bits_per_byte(model, windows, num_bytes)

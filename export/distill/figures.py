@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
-
 from edge_llm.domain.schema import USER_TOKEN
-from edge_llm.engine.tokenizer import Tokenizer
 from export.console import say
 from export.distill.evaluate import bits_per_byte, exactness, line_bits_per_byte
 from export.torch_model import model_from_tensors
@@ -38,7 +35,7 @@ def bits_per_byte_figures(student: Any, taught: Any | None, basis: Basis, contex
         basis: vocabulary, teacher and held-out lines.
         context: positions that a model sees of the prose at once.
     """
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(basis.tokenizer_json))
+    tokenizer = basis.encoder.tokenizer
     utterances = [
         basis.held_out.sequence(index)[1 : basis.held_out.answer_starts[index] - 1].tolist()
         for index in range(len(basis.held_out))

@@ -188,10 +188,7 @@ def _output_multiple(subject: Subject) -> Iterator[Fault]:
 
 
 def _head_multiple(subject: Subject) -> Iterator[Fault]:
-    producers = {output: node for node in subject.nodes for output in node.output}
-    node = producers.get(graph_io.LOGITS)
-    while node is not None and node.op_type in ("Cast", "Slice", "Reshape"):
-        node = producers.get(node.input[0])
+    node = subject.head()
     multiple = subject.weights.kernels.vocabulary_multiple
     if node is None:
         yield Fault(graph_io.LOGITS, "comes from no matrix")

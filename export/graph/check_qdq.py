@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from edge_llm.bundle import graph_io
 from export.graph.rules import Fault, Rule, Subject, input_name, integer_attribute, type_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     import onnx
 
@@ -30,7 +29,7 @@ def unquantized(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def _products(subject: Subject) -> Iterator[Fault]:
-    producers = _producers(subject)
+    producers = subject.producers()
     try:
         listed = unquantized(subject.model)
     except ValueError:
@@ -48,22 +47,14 @@ def _products(subject: Subject) -> Iterator[Fault]:
     for name, figures in listed.items():
         if not isinstance(figures, dict) or not {"mean_kl", "perplexity_ratio"} <= figures.keys():
             yield Fault(name, "is listed without what it would lose")
-    head = _head(producers)
+    head = subject.head()
     for node in subject.nodes:
         if node.op_type == "Gemm" and node is not head:
             yield Fault(node.name, "is a product that cannot be quantised: make it a MatMul")
 
 
-def _head(producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
-    """The product that the logits come from."""
-    node = producers.get(graph_io.LOGITS)
-    while node is not None and node.op_type in ("Cast", "Slice", "Reshape"):
-        node = producers.get(node.input[0])
-    return node
-
-
 def _pairs(subject: Subject) -> Iterator[Fault]:
-    producers, consumers = _producers(subject), _consumers(subject)
+    producers, consumers = subject.producers(), _consumers(subject)
     for node in subject.nodes:
         if node.op_type == "QuantizeLinear":
             if [consumer.op_type for consumer in consumers.get(node.output[0], [])] != ["DequantizeLinear"]:
@@ -110,10 +101,6 @@ def _scales(subject: Subject) -> Iterator[Fault]:
             yield Fault(node.name, f"scales along axis {integer_attribute(node, 'axis', 1)}")
         elif not (np.isfinite(values).all() and (values >= np.finfo(values.dtype).tiny).all()):
             yield Fault(node.name, f"has scales from {values.min():g} to {values.max():g}")
-
-
-def _producers(subject: Subject) -> dict[str, onnx.NodeProto]:
-    return {output: node for node in subject.nodes for output in node.output if output}
 
 
 def _consumers(subject: Subject) -> dict[str, list[onnx.NodeProto]]:

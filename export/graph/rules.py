@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from edge_llm.bundle import graph_io
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -48,6 +50,18 @@ class Subject:
     def float_type(self) -> int:
         """The target's own element type."""
         return helper.np_dtype_to_tensor_dtype(np.dtype(self.weights.float_type))
+
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """The node that each value comes from."""
+        return {output: node for node in self.nodes for output in node.output if output}
+
+    def head(self) -> onnx.NodeProto | None:
+        """The node that the logits come from, whatever reshapes them after it."""
+        producers = self.producers()
+        node = producers.get(graph_io.LOGITS)
+        while node is not None and node.op_type in ("Cast", "Slice", "Reshape"):
+            node = producers.get(node.input[0])
+        return node
 
     def matmuls(self) -> list[onnx.NodeProto]:
         """The quantised matrices' nodes."""

@@ -37,7 +37,7 @@ class EncodedExample(NamedTuple):
 
 
 class ExampleEncoder:
-    """Encodes examples with a tokenizer that has the schema's special tokens.
+    """Encodes examples with a ``tokenizer`` that has the schema's special tokens.
 
     Raises:
         ExportError: it lacks one.
@@ -45,7 +45,7 @@ class ExampleEncoder:
 
     def __init__(self, schema: DomainSchema, tokenizer: Tokenizer) -> None:
         self._schema = schema
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._ids: dict[str, int] = {}
         for token in schema.special_tokens():
             token_id = tokenizer.token_id(token)
@@ -65,7 +65,7 @@ class ExampleEncoder:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids; special tokens have none."""
-        return self._tokenizer.decode(token_ids)
+        return self.tokenizer.decode(token_ids)
 
     def encode(self, example: Example) -> EncodedExample:
         """Prompt and answer."""
@@ -85,7 +85,7 @@ class ExampleEncoder:
             answer.append(self._ids[action_token(call.action)])
             for name in (name for name in action.slots if name in call.slots):
                 answer.append(self._ids[slot_token(name)])
-                answer += self._tokenizer.encode(written(action.slots[name], call.slots[name]))
+                answer += self.tokenizer.encode(written(action.slots[name], call.slots[name]))
         return answer
 
     def beginning(self, encoded: EncodedExample) -> EncodedExample:
@@ -102,17 +102,17 @@ class ExampleEncoder:
         if not example.calls:
             meant += [self._ids[SAY_TOKEN], *self._sentence(example.answers[0])]
         asked = [self._ids[REPLY_TOKEN], *meant, self._ids[USER_TOKEN]]
-        return EncodedExample([*asked, *self._tokenizer.encode(example.text), self._ids[END_TOKEN]], len(asked))
+        return EncodedExample([*asked, *self.tokenizer.encode(example.text), self._ids[END_TOKEN]], len(asked))
 
     def echo(self, text: str) -> EncodedExample:
         """Words, and the same words again: an exercise in copying that is no utterance and has no meaning."""
-        words = self._tokenizer.encode(" " + text)
+        words = self.tokenizer.encode(" " + text)
         asked = [self._ids[SAY_TOKEN], *words, self._ids[REPLY_TOKEN]]
         return EncodedExample([*asked, *words, self._ids[END_TOKEN]], len(asked))
 
     def prompt(self, text: str) -> list[int]:
         """What comes before the answer."""
-        return [self._ids[USER_TOKEN], *self._tokenizer.encode(text), self._ids[REPLY_TOKEN]]
+        return [self._ids[USER_TOKEN], *self.tokenizer.encode(text), self._ids[REPLY_TOKEN]]
 
     def _sentence(self, sentence: str) -> list[int]:
         ids: list[int] = []
@@ -121,5 +121,5 @@ class ExampleEncoder:
             if index % 2:
                 ids.append(self._ids[value_token(piece)])
             elif piece:
-                ids += self._tokenizer.encode(piece)
+                ids += self.tokenizer.encode(piece)
         return ids
