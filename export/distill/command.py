@@ -48,6 +48,13 @@ def add_distill_parser(commands: argparse._SubParsersAction[OneLineParser]) -> N
         help="shape of the student (default 6x384)",
     )
     parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="with --pack: go on with the weights of an earlier student (student-hf in its --work), such as after "
+        "utterances were added to the pack",
+    )
+    parser.add_argument(
         "--vocabulary", type=positive_int, metavar="N", help="tokens (default: 8192 for a pack, all of them for a text)"
     )
     parser.add_argument("--context", type=positive_int, default=256, metavar="N", help="positions (default 256)")
@@ -157,6 +164,7 @@ def _options(arguments: argparse.Namespace) -> DistilOptions:
         vocabulary=arguments.vocabulary or _DEFAULT_VOCABULARY,
         context=arguments.context,
         examples=arguments.examples,
+        start_from=arguments.start_from,
         teacher_settings=teacher_settings if learns else None,
         rephrased=arguments.rephrase,
         echo_every=arguments.echo_every,
@@ -168,8 +176,15 @@ def _options(arguments: argparse.Namespace) -> DistilOptions:
 
 
 def _text_options(arguments: argparse.Namespace) -> TextOptions:
-    if arguments.teacher_steps or arguments.rephrase or arguments.echo_every or arguments.extra is not None:
-        raise ExportError("--teacher-steps, --rephrase, --echo-every and --extra go with --pack")
+    given = (
+        arguments.teacher_steps,
+        arguments.rephrase,
+        arguments.echo_every,
+        arguments.extra,
+        arguments.start_from,
+    )
+    if any(given):
+        raise ExportError("--teacher-steps, --rephrase, --echo-every, --extra and --start-from go with --pack")
     return TextOptions(
         teacher=arguments.teacher,
         text=arguments.text,

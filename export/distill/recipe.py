@@ -28,7 +28,7 @@ from export.distill.card import model_card
 from export.distill.corpus import Corpus, example_corpus
 from export.distill.figures import bits_per_byte_figures, held_out_figures
 from export.distill.rephrase import read_rephrased, rephrase
-from export.distill.student import StudentShape, new_student, save_student, take_embeddings
+from export.distill.student import StudentShape, new_student, save_student, start_from, take_embeddings, weights_digest
 from export.distill.teacher import CacheKey, TeacherCache
 from export.distill.train import Trainer, TrainSettings
 from export.errors import ExportError
@@ -85,6 +85,7 @@ class DistilOptions:
         top_k: predictions of the teacher that are kept of each position.
         dropout: of the student.
         embeddings: whether the student starts from the teacher's token embeddings.
+        start_from: folder of an earlier student whose weights this one goes on with; None starts anew.
         echo_every: an exercise in copying comes after so many of the student's examples; 0 is none.
         cut_share: share of examples that end a few tokens into their text: more of them for the same time.
         seed: of examples and weights.
@@ -105,6 +106,7 @@ class DistilOptions:
     top_k: int = 16
     dropout: float = 0.0
     embeddings: bool = True
+    start_from: Path | None = None
     echo_every: int = 0
     cut_share: float = 0.7
     seed: int = 0
@@ -258,6 +260,9 @@ def train_student(basis: Basis, corpus: Corpus, targets: TeacherCache | None, op
         table = "wte.weight" if "wte.weight" in basis.teacher.tensors.shapes else "embed_tokens.weight"
         take_embeddings(student, basis.teacher.tensors.read(table)[basis.trimmed.kept_ids])
     origin = f"{basis.teacher.source}, {options.student}, dropout {options.dropout}, embeddings {options.embeddings}"
+    if options.start_from is not None:
+        start_from(student, options.start_from, basis.tokenizer_json)
+        origin += f", from {weights_digest(student)}"
     trainer = Trainer(student, corpus, options.settings, options.work / "student", targets, origin)
     trainer.run(watch=_watch(student, basis))
     return trainer.averaged()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import tokenizers
 
 from export.errors import ExportError
 
@@ -96,6 +98,56 @@ def project(rows: Float32Array, width: int) -> Float32Array:
     # Turned at random, so that heads share the large components instead of the first one getting them all.
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0].astype(np.float32)
     return np.ascontiguousarray(components @ turn, dtype=np.float32)
+
+
+def start_from(student: Any, folder: Path, tokenizer_json: str) -> None:
+    """Take over all weights of an earlier student of the same shape; token rows are matched by what the tokens say.
+
+    Args:
+        student: overwritten, but for the rows of tokens that the earlier one did not have.
+        folder: as ``save_student`` writes it.
+        tokenizer_json: the student's own vocabulary.
+
+    Raises:
+        ExportError: there is no such student, or it has another shape.
+    """
+    import torch
+    import transformers
+
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        raise ExportError(f"{folder} is no student: --start-from takes the folder student-hf of an earlier --work")
+    try:
+        earlier = transformers.GPT2LMHeadModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        known = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # transformers and tokenizers raise whatever they meet
+        raise ExportError(f"{folder} cannot be read as a GPT-2: {error}") from error
+    ours, theirs = student.config, earlier.config
+    for option, mine, its in (
+        ("student", f"{ours.n_layer}x{ours.n_embd}", f"{theirs.n_layer}x{theirs.n_embd}"),
+        ("context", ours.n_positions, theirs.n_positions),
+    ):
+        if mine != its:
+            raise ExportError(f"the student in {folder} has another shape: give --{option} {its}")
+    weights = earlier.state_dict()
+    rows = {token: row for token, row in known.items() if row < theirs.vocab_size}
+    vocabulary = tokenizers.Tokenizer.from_str(tokenizer_json).get_vocab(with_added_tokens=True)
+    shared = [(row, rows[token]) for token, row in vocabulary.items() if token in rows]
+    here, there = (torch.tensor(ids, dtype=torch.long) for ids in zip(*shared, strict=True))
+    table = student.get_input_embeddings().weight
+    with torch.no_grad():
+        table[here] = earlier.get_input_embeddings().weight[there]
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = table
+    student.load_state_dict(weights)
+
+
+def weights_digest(student: Any) -> str:
+    """SHA-256 of all weights, which says what a training started from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(student.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_student(

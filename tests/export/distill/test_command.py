@@ -94,6 +94,26 @@ def test_a_pack_becomes_a_bundle_that_answers_with_actions(
     assert kinds <= {"command", "fact", "refusal", "chat"}
 
 
+def test_a_student_goes_on_after_the_pack_was_changed(
+    distill: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill("--steps", "120") == 0
+    earlier = tmp_path / "earlier"
+    (tmp_path / "work" / "student-hf").rename(earlier)
+    room = FILES["intents/room.toml"].replace("kill the {which}", "kill the {which}\nzap the {which}")
+    grown = write_pack(tmp_path / "grown", room=room)
+    losses = {}
+    for name, flags in (("anew", []), ("on", ["--start-from", str(earlier)])):
+        work = tmp_path / name
+        assert distill(*flags, "--steps", "20", "--work", str(work), out=f"{name}-bundle", pack=grown) == 0
+        losses[name] = float((work / "student" / "loss.csv").read_text().splitlines()[1].split(",")[1])
+    assert losses["on"] < 0.8 * losses["anew"]
+    # The checkpoint of the one is not one of the other.
+    capsys.readouterr()
+    assert distill("--steps", "20", "--work", str(tmp_path / "on"), out="mixed", pack=grown) == 2
+    assert "holds a run with another model" in capsys.readouterr().err
+
+
 def work_files(tmp_path: Path) -> dict[str, bytes]:
     names = ("corpus.npz", "corpus.key", "tokenizer.json", "student/loss.csv", "student-hf/model.safetensors")
     return {name: (tmp_path / "work" / name).read_bytes() for name in names}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
-from export.distill.student import StudentShape, alternate_layers, new_student, project, take_embeddings
+from export.distill.student import (
+    StudentShape,
+    alternate_layers,
+    new_student,
+    project,
+    save_student,
+    start_from,
+    take_embeddings,
+    weights_digest,
+)
 from export.errors import ExportError
 from tests.export.models import gpt2_config, llama_config, random_model
 
@@ -110,3 +121,50 @@ def test_other_teachers_have_no_layers_to_give(config: Any, words: str) -> None:
     student = new_student(StudentShape(2, 48), 400, 96, 0.0, 0)
     with pytest.raises(ExportError, match=words):
         alternate_layers(student, random_model(config()))
+
+
+def vocabulary(*words: str) -> str:
+    model = tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0])
+    made: str = tokenizers.Tokenizer(model).to_str()
+    return made
+
+
+def test_an_earlier_student_is_taken_over_token_by_token(tmp_path: Path) -> None:
+    earlier = new_student(StudentShape(2, 32), 3, 24, 0.0, 1)
+    save_student(earlier, tmp_path, vocabulary("?", "open", "close"), 0, {})
+    student = new_student(StudentShape(2, 32), 4, 24, 0.0, 2)
+    fresh = student.lm_head.weight[2].clone()
+    start_from(student, tmp_path, vocabulary("?", "close", "ajar", "open"))
+    rows = student.transformer.wte.weight
+    for row, before in ((0, 0), (1, 2), (3, 1)):
+        assert bool((rows[row] == earlier.transformer.wte.weight[before]).all())
+    assert bool((rows[2] == fresh).all())
+    assert student.lm_head.weight is rows
+    for name, tensor in earlier.transformer.named_parameters():
+        if name != "wte.weight":
+            assert bool((dict(student.transformer.named_parameters())[name] == tensor).all()), name
+
+
+def test_weights_have_a_digest(tmp_path: Path) -> None:
+    first, second, other = (new_student(StudentShape(2, 32), 5, 24, 0.0, seed) for seed in (3, 3, 4))
+    assert weights_digest(first) == weights_digest(second) != weights_digest(other)
+
+
+@pytest.mark.parametrize(
+    ("shape", "context", "words"), [("2x32", 48, "give --context 24"), ("3x32", 24, "give --student 2x32")]
+)
+def test_only_a_student_of_the_same_shape_is_taken_over(tmp_path: Path, shape: str, context: int, words: str) -> None:
+    save_student(new_student(StudentShape(2, 32), 3, 24, 0.0, 1), tmp_path, vocabulary("?", "a", "b"), 0, {})
+    student = new_student(StudentShape.parse(shape), 3, context, 0.0, 2)
+    with pytest.raises(ExportError, match=words):
+        start_from(student, tmp_path, vocabulary("?", "a", "b"))
+
+
+def test_what_is_no_student_is_not_taken_over(tmp_path: Path) -> None:
+    student = new_student(StudentShape(2, 32), 3, 24, 0.0, 2)
+    with pytest.raises(ExportError, match="takes the folder student-hf"):
+        start_from(student, tmp_path, vocabulary("?", "a", "b"))
+    save_student(student, tmp_path, vocabulary("?", "a", "b"), 0, {})
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ExportError, match="cannot be read as a GPT-2"):
+        start_from(student, tmp_path, vocabulary("?", "a", "b"))
