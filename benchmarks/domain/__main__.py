@@ -2,7 +2,8 @@
 
 Every utterance goes through the daemon's own engine and grammar, int8, without any cache, and once more without the
 grammar. FILE holds JSON lines ``{"text", "kind": "command" | "fact" | "outside", "actions": [{"name", "slots"}],
-"answer_keywords": […]}``; without one, the held-out lines of the pack are used. ``--mqtt`` measures latency as well.
+"answer_keywords": […]}``; without one, the held-out lines of the pack are used, or with ``--blind`` its blind ones.
+``--mqtt`` measures latency as well.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ _STATE: Final = {"range_km": b"312", "charge_percent": b"64", "tyre_status": b"a
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit status 2 if it could not be measured."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.blind and options.utterances:
+        parser.error("--blind takes the lines of --pack: leave out --utterances")
     try:
         report = measure(options)
     except (EdgeLlmError, ServingError) as error:
@@ -61,7 +65,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         EdgeLlmError: the bundle cannot be used, or FILE is malformed.
     """
     bundle = Bundle.open(options.bundle)
-    utterances = read_utterances(options.utterances) if options.utterances else pack_utterances(options.pack)
+    if options.utterances:
+        utterances = read_utterances(options.utterances)
+    else:
+        utterances = pack_utterances(options.pack, blind=options.blind)
     config = Config(cache_dir=str(options.cache_dir))
     model = load_model(bundle, config)
     if model.domain is None:
@@ -77,8 +84,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     report = {
         "machine": describe_machine(physical_cores(), PACKAGES),
         "bundle": f"{bundle.manifest.name} {bundle.manifest.version}",
-        "utterances": str(options.utterances or options.pack),
+        "utterances": str(options.utterances or options.pack) + (" (blind)" if options.blind else ""),
         **msgspec.to_builtins(figures),
+        **({"failures": []} if options.blind else {}),
         "thresholds": at_thresholds(judged),
         "without_grammar": {
             name: value for name, value in msgspec.to_builtins(without).items() if name not in ("n", "failures")
@@ -162,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--utterances", type=Path, metavar="FILE", help="JSON lines (default: the pack's held-out lines)"
+    )
+    parser.add_argument(
+        "--blind",
+        action="store_true",
+        help="judge by the pack's blind lines, and say only how many failed: whoever sees which would write for them",
     )
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help=f"default {DEFAULT_BUNDLE}")
     parser.add_argument("--pack", type=Path, default=DEFAULT_PACK, help=f"default {DEFAULT_PACK}")

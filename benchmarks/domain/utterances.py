@@ -40,9 +40,17 @@ def read_utterances(path: Path) -> list[Utterance]:
     return utterances
 
 
-def pack_utterances(folder: Path) -> list[Utterance]:
-    """The held-out lines of a pack; the whole answer is their keyword, where it holds no placeholder."""
-    return [_as_utterance(example) for example in held_out_examples(load_pack(folder))]
+def pack_utterances(folder: Path, *, blind: bool = False) -> list[Utterance]:
+    """The held-out or the blind lines of a pack; the whole answer is their keyword, where it holds no placeholder.
+
+    Raises:
+        EdgeLlmError: the pack has no such line.
+    """
+    pack = load_pack(folder)
+    examples = held_out_examples(pack.judged_blind() if blind else pack)
+    if not examples:
+        raise EdgeLlmError(f"{folder} has no {'blind' if blind else 'held-out'} lines (docs/domain-packs.md)")
+    return [_as_utterance(example) for example in examples]
 
 
 def _as_utterance(example: Example) -> Utterance:

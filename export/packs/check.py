@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def check_templates(pack: Pack) -> None:
     """Check the lines of all commands. Raises ``ExportError`` with file and line."""
     trained = [template for intent in pack.intents for template in intent.templates]
-    for template in (*trained, *pack.mixed, *pack.held_out):
+    for template in (*trained, *pack.mixed, *pack.held_out, *pack.blind):
         _check_spoken(pack, template)
         for index, call in enumerate(template.calls):
             # What the tool will choose is in the answer, but no intent may count on its value.

@@ -45,14 +45,14 @@ def run_pack(arguments: argparse.Namespace) -> None:
 
 
 def _table(pack: Pack) -> Iterator[str]:
-    """Wordings by action and kind, trained on and held out."""
-    trained, tested = distinct_wordings(pack), held_out_wordings(pack)
-    names = list(dict.fromkeys([*trained, *tested]))
+    """Wordings by action and kind: trained on, held out and blind."""
+    trained, tested, blind = distinct_wordings(pack), held_out_wordings(pack), held_out_wordings(pack.judged_blind())
+    names = list(dict.fromkeys([*trained, *tested, *blind]))
     width = max(map(len, [*names, "distinct wordings"]))
-    yield f"{'distinct wordings':<{width}}  trained  held out"
+    yield f"{'distinct wordings':<{width}}  trained  held out  blind"
     for name in names:
-        yield f"{name:<{width}}  {trained.get(name, 0):>7}  {tested.get(name, 0):>8}"
-    yield f"{'all':<{width}}  {sum(trained.values()):>7}  {sum(tested.values()):>8}"
+        yield f"{name:<{width}}  {trained.get(name, 0):>7}  {tested.get(name, 0):>8}  {blind.get(name, 0):>5}"
+    yield f"{'all':<{width}}  {sum(trained.values()):>7}  {sum(tested.values()):>8}  {sum(blind.values()):>5}"
 
 
 def _written(pack: Pack, call: Call) -> str:

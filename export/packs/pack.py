@@ -5,6 +5,7 @@
     PACK/intents/*.toml       utterances of the actions, with the answer
     PACK/replies/*.toml       facts, small talk and what is refused
     PACK/held_out/*.toml      more utterances that are only ever tested on
+    PACK/blind/*.toml         the same, and nobody who writes the pack looks at how a student fails on them
     PACK/values/*.txt         values of text slots, and asides, one a line
 
 docs/domain-packs.md describes every key.
@@ -13,23 +14,15 @@ docs/domain-packs.md describes every key.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
-
-import msgspec
-from msgspec import Meta
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal
 
 from edge_llm.domain.schema import (
     Action,
-    ActionName,
     ChoiceSlot,
-    ChoiceValue,
     DomainSchema,
     IntegerSlot,
-    Name,
     NumberSlot,
-    Sentence,
-    StateValue,
     TextSlot,
     decode_domain,
     encode_domain,
@@ -37,6 +30,18 @@ from edge_llm.domain.schema import (
 from edge_llm.errors import ManifestError
 from export.errors import ExportError
 from export.packs.check import check_templates
+from export.packs.files import (
+    ActionsFile,
+    ChoiceKeys,
+    IntegerKeys,
+    IntentKeys,
+    IntentsFile,
+    NumberKeys,
+    PackFile,
+    RepliesFile,
+    SlotKeys,
+    TestedFile,
+)
 from export.packs.lines import (
     Call,
     Template,
@@ -54,101 +59,6 @@ if TYPE_CHECKING:
     from edge_llm.domain.schema import Slot, SlotValue
 
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]*)\}")
-
-
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Frozen, and an unknown key is an error."""
-
-
-class _PackFile(_Strict, frozen=True, kw_only=True):
-    name: Annotated[str, Meta(pattern="^[a-z][a-z0-9-]{0,39}$")]
-    version: str
-    language: str
-    license: str
-    description: str
-    failure: Sentence
-    min_confidence: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    max_actions: Annotated[int, Meta(ge=1, le=8)] = 3
-    fillers_before: tuple[str, ...] = ()
-    fillers_after: tuple[str, ...] = ()
-    joiners: tuple[str, ...] = ("and",)
-    asides_before_file: str = ""
-    asides_after_file: str = ""
-    state: dict[Name, StateValue] = {}
-    examples: tuple[Sentence, ...] = ()
-
-
-class _Integer(_Strict, frozen=True, kw_only=True, tag="integer"):
-    min: Annotated[int, Meta(ge=0, le=99_999)]
-    max: Annotated[int, Meta(ge=0, le=99_999)]
-    out_of_range: Sentence
-
-
-class _Number(_Strict, frozen=True, kw_only=True, tag="number"):
-    min: Annotated[float, Meta(ge=0, le=99_999)]
-    max: Annotated[float, Meta(ge=0, le=99_999)]
-    out_of_range: Sentence
-    decimals: Annotated[int, Meta(ge=1, le=3)] = 1
-
-
-class _ChoiceWords(_Strict, frozen=True, kw_only=True):
-    say: Sentence
-    spoken: tuple[str, ...]
-
-
-class _Choice(_Strict, frozen=True, kw_only=True, tag="choice"):
-    values: Annotated[dict[ChoiceValue, _ChoiceWords], Meta(min_length=1, max_length=64)]
-
-
-class _Text(_Strict, frozen=True, kw_only=True, tag="text"):
-    values_file: str
-    max_words: Annotated[int, Meta(ge=1, le=32)] = 12
-
-
-_Slot: TypeAlias = _Integer | _Number | _Choice | _Text
-
-
-class _Action(_Strict, frozen=True, kw_only=True):
-    name: ActionName
-    confirm: bool = False
-    one_of: tuple[Name, ...] = ()
-    slots: dict[Name, _Slot] = {}
-
-
-class _ActionsFile(_Strict, frozen=True, kw_only=True):
-    action: Annotated[tuple[_Action, ...], Meta(min_length=1)]
-
-
-class _Intent(_Strict, frozen=True, kw_only=True):
-    name: str
-    action: ActionName
-    answer: Sentence
-    slots: dict[Name, str | int | float] = {}
-    utterances: str
-    held_out: str = ""
-
-
-class _Mixed(_Strict, frozen=True, kw_only=True):
-    name: str = ""
-    utterances: str = ""
-    held_out: str = ""
-
-
-class _IntentsFile(_Strict, frozen=True, kw_only=True):
-    intent: tuple[_Intent, ...] = ()
-    mixed: tuple[_Mixed, ...] = ()
-
-
-class _Reply(_Strict, frozen=True, kw_only=True):
-    kind: Literal["fact", "refusal", "chat"]
-    name: str
-    answer: Sentence
-    utterances: str
-    held_out: str = ""
-
-
-class _RepliesFile(_Strict, frozen=True, kw_only=True):
-    reply: Annotated[tuple[_Reply, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -183,11 +93,12 @@ class Reply:
     answer: str
     templates: tuple[Template, ...]
     held_out: tuple[Template, ...]
+    blind: tuple[Template, ...] = ()
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A valid pack. ``mixed`` and ``held_out`` are commands that name their actions themselves."""
+    """A valid pack. ``mixed``, ``held_out`` and ``blind`` are commands that name their actions themselves."""
 
     schema: DomainSchema
     license: str
@@ -202,6 +113,12 @@ class Pack:
     replies: tuple[Reply, ...]
     mixed: tuple[Template, ...]
     held_out: tuple[Template, ...]
+    blind: tuple[Template, ...]
+
+    def judged_blind(self) -> Pack:
+        """The pack with its blind lines in the place of the held-out ones."""
+        replies = tuple(replace(reply, held_out=reply.blind) for reply in self.replies)
+        return replace(self, held_out=self.blind, replies=replies)
 
     def action(self, name: str) -> Action:
         """An action that a template of the pack names."""
@@ -233,7 +150,7 @@ def load_pack(folder: Path) -> Pack:
     if not (folder / "pack.toml").is_file():
         raise ExportError(f"{folder} is not a domain pack: it has no pack.toml")
     about_toml = LocatedToml(folder / "pack.toml")
-    about = about_toml.convert(_PackFile)
+    about = about_toml.convert(PackFile)
     asides = {
         key: _read_values(folder, name, about_toml.where(key)) if name else ()
         for key, name in (
@@ -242,7 +159,7 @@ def load_pack(folder: Path) -> Pack:
         )
     }
     actions_toml = LocatedToml(folder / "actions.toml")
-    actions = actions_toml.convert(_ActionsFile).action
+    actions = actions_toml.convert(ActionsFile).action
     schema = DomainSchema(
         format=1,
         name=about.name,
@@ -273,7 +190,8 @@ def load_pack(folder: Path) -> Pack:
         for name, slot in action.slots.items()
     }
     intents, mixed, held_out = _read_intents(folder, schema)
-    replies = _read_replies(folder)
+    tested, blind = (_read_tested(folder / name, schema) for name in ("held_out", "blind"))
+    replies = _with_tested(_read_replies(folder), tested, blind)
     silent = [action.name for action in schema.actions if not any(i.action == action.name for i in intents)]
     if silent:
         raise ExportError(f"{folder}: no intent asks for the action {silent[0]!r}: write one, or remove the action")
@@ -290,27 +208,28 @@ def load_pack(folder: Path) -> Pack:
         intents=intents,
         replies=replies,
         mixed=mixed,
-        held_out=held_out,
+        held_out=(*held_out, *tested.commands),
+        blind=tuple(blind.commands),
     )
     check_templates(pack)
     return pack
 
 
-def _schema_slot(slot: _Slot) -> Slot:
-    if isinstance(slot, _Integer):
+def _schema_slot(slot: SlotKeys) -> Slot:
+    if isinstance(slot, IntegerKeys):
         return IntegerSlot(min=slot.min, max=slot.max)
-    if isinstance(slot, _Number):
+    if isinstance(slot, NumberKeys):
         return NumberSlot(min=slot.min, max=slot.max, decimals=slot.decimals)
-    if isinstance(slot, _Choice):
+    if isinstance(slot, ChoiceKeys):
         return ChoiceSlot(values={value: words.say for value, words in slot.values.items()})
     return TextSlot(max_words=slot.max_words)
 
 
-def _slot_words(slot: _Slot, folder: Path, where: str, schema: DomainSchema) -> SlotWords:
-    if isinstance(slot, _Integer | _Number):
+def _slot_words(slot: SlotKeys, folder: Path, where: str, schema: DomainSchema) -> SlotWords:
+    if isinstance(slot, IntegerKeys | NumberKeys):
         _check_placeholders(slot.out_of_range, schema.state, f"{where}: out_of_range")
         return SlotWords({}, (), slot.out_of_range)
-    if isinstance(slot, _Choice):
+    if isinstance(slot, ChoiceKeys):
         return SlotWords({value: words.spoken for value, words in slot.values.items()}, (), "")
     values = _read_values(folder, slot.values_file, where)
     longest = max(values, key=lambda value: len(value.split()))
@@ -337,9 +256,9 @@ def _read_intents(
     intents: list[Intent] = []
     mixed: list[Template] = []
     held_out: list[Template] = []
-    for path in [*sorted((folder / "intents").glob("*.toml")), *sorted((folder / "held_out").glob("*.toml"))]:
+    for path in sorted((folder / "intents").glob("*.toml")):
         toml = LocatedToml(path)
-        content = toml.convert(_IntentsFile)
+        content = toml.convert(IntentsFile)
         for index, entry in enumerate(content.intent):
             intent, tested = _read_intent(entry, f"intent[{index}]", toml, schema)
             if any(intent.name == other.name for other in intents):
@@ -347,15 +266,13 @@ def _read_intents(
             intents.append(intent)
             held_out += tested
         for index, block in enumerate(content.mixed):
-            if block.utterances and path.parent.name == "held_out":
-                raise ExportError(f"{toml.where(f'mixed[{index}].utterances')}: here, only `held_out` is read")
             for key, text, found in (("utterances", block.utterances, mixed), ("held_out", block.held_out, held_out)):
                 lines = toml.text_lines(f"mixed[{index}].{key}", text)
                 found += [parse_mixed_line(line, schema, where) for line, where in lines]
     return tuple(intents), tuple(mixed), tuple(held_out)
 
 
-def _read_intent(entry: _Intent, key: str, toml: LocatedToml, schema: DomainSchema) -> tuple[Intent, list[Template]]:
+def _read_intent(entry: IntentKeys, key: str, toml: LocatedToml, schema: DomainSchema) -> tuple[Intent, list[Template]]:
     action = schema.action(entry.action)
     if action is None:
         raise ExportError(f"{toml.where(f'{key}.action')}: there is no action {entry.action!r} in actions.toml")
@@ -387,7 +304,7 @@ def _read_replies(folder: Path) -> tuple[Reply, ...]:
     replies: list[Reply] = []
     for path in sorted((folder / "replies").glob("*.toml")):
         toml = LocatedToml(path)
-        for index, entry in enumerate(toml.convert(_RepliesFile).reply):
+        for index, entry in enumerate(toml.convert(RepliesFile).reply):
             key = f"reply[{index}]"
             if any(entry.name == other.name for other in replies):
                 raise ExportError(f"{toml.where(f'{key}.name')}: there are two replies {entry.name!r}")
@@ -399,6 +316,47 @@ def _read_replies(folder: Path) -> tuple[Reply, ...]:
             tested = tuple(_reply_lines(toml, f"{key}.held_out", entry.held_out))
             replies.append(Reply(entry.name, entry.kind, entry.answer, templates, tested))
     return tuple(replies)
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """The lines of held_out/ or blind/: commands, and by the name of their reply the others, with where it is named."""
+
+    commands: list[Template]
+    replies: dict[str, tuple[str, list[Template]]]
+
+
+def _read_tested(folder: Path, schema: DomainSchema) -> _Tested:
+    tested = _Tested([], {})
+    for path in sorted(folder.glob("*.toml")):
+        toml = LocatedToml(path)
+        content = toml.convert(TestedFile)
+        for index, block in enumerate(content.mixed):
+            lines = toml.text_lines(f"mixed[{index}].held_out", block.held_out)
+            tested.commands.extend(parse_mixed_line(line, schema, where) for line, where in lines)
+        for index, block in enumerate(content.reply):
+            key = f"reply[{index}]"
+            _, found = tested.replies.setdefault(block.name, (toml.where(f"{key}.name"), []))
+            found.extend(_reply_lines(toml, f"{key}.held_out", block.held_out))
+    return tested
+
+
+def _with_tested(replies: tuple[Reply, ...], tested: _Tested, blind: _Tested) -> tuple[Reply, ...]:
+    for name, (where, _) in (*tested.replies.items(), *blind.replies.items()):
+        if not any(reply.name == name for reply in replies):
+            raise ExportError(f"{where}: there is no reply {name!r} in replies/")
+
+    def lines(found: _Tested, name: str) -> list[Template]:
+        return found.replies[name][1] if name in found.replies else []
+
+    return tuple(
+        replace(
+            reply,
+            held_out=(*reply.held_out, *lines(tested, reply.name)),
+            blind=tuple(lines(blind, reply.name)),
+        )
+        for reply in replies
+    )
 
 
 def _reply_lines(toml: LocatedToml, key: str, text: str) -> Iterator[Template]:

@@ -128,7 +128,8 @@ def _trained(pack: Pack) -> list[tuple[Template, _Meaning]]:
 
 
 def _tested(pack: Pack) -> list[Template]:
-    return [*pack.held_out, *(template for reply in pack.replies for template in reply.held_out)]
+    replies = (template for reply in pack.replies for template in (*reply.held_out, *reply.blind))
+    return [*pack.held_out, *pack.blind, *replies]
 
 
 def _meaning(pack: Pack, template: Template) -> _Meaning:

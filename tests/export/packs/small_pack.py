@@ -220,6 +220,19 @@ held_out = '''
 Phone Ana, would you? | call contact=Ana
 '''
 """,
+    "blind/others.toml": """\
+[[mixed]]
+held_out = '''
+oven on ninety, and ring Ana | oven.heat degrees=90; call contact=Ana
+'''
+
+[[reply]]
+name = "egg"
+held_out = '''
+when is my egg done
+my egg is in the water: now what
+'''
+""",
 }
 
 

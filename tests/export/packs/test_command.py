@@ -15,19 +15,19 @@ def test_a_valid_pack_is_shown(pack_folder: Path, capsys: pytest.CaptureFixture[
     assert main(["pack", str(pack_folder)]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("kitchen 3 (Apache-2.0): 6 actions, no error\n")
-    rows = dict(re.findall(r"^(\S.*?)  +(\d+ +\d+)$", shown, re.MULTILINE))
+    rows = dict(re.findall(r"^(\S.*?)  +(\d+ +\d+ +\d+)$", shown, re.MULTILINE))
     assert {name: tuple(map(int, counts.split())) for name, counts in rows.items()} == {
-        "light.set": (4, 1),
-        "oven.heat": (3, 1),
-        "radio.tune": (1, 0),
-        "volume": (3, 0),
-        "call": (3, 2),
-        "status.humidity": (1, 1),
-        "several actions": (2, 1),
-        "fact": (1, 1),
-        "chat": (1, 0),
-        "refusal": (2, 1),
-        "all": (21, 8),
+        "light.set": (4, 1, 0),
+        "oven.heat": (3, 1, 0),
+        "radio.tune": (1, 0, 0),
+        "volume": (3, 0, 0),
+        "call": (3, 2, 0),
+        "status.humidity": (1, 1, 0),
+        "several actions": (2, 1, 1),
+        "fact": (1, 1, 2),
+        "chat": (1, 0, 0),
+        "refusal": (2, 1, 0),
+        "all": (21, 8, 3),
     }
     assert len(shown.split("10 examples of seed 0:\n")[1].splitlines()) == 20
 

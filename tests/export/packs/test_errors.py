@@ -163,9 +163,10 @@ SPOILT_KEYS = {
         "held_out/more.toml",
         "held_out = ",
         "utterances = ",
-        2,
-        "here, only `held_out` is read",
+        1,
+        "unknown field `utterances`",
     ),
+    "blind-reply": ("blind/others.toml", 'name = "egg"', 'name = "eggs"', 7, "there is no reply 'eggs' in replies/"),
 }
 
 
@@ -238,6 +239,12 @@ def test_a_held_out_line_that_is_worded_as_a_training_line(line: str, at: str, p
 def test_a_held_out_question_that_is_trained_on(pack_folder: Path) -> None:
     path = replace(pack_folder, WORDS, "do my homework", "Who won the match?")
     assert refusal_of(pack_folder).startswith(f"{path}:{line_of(path, 'Who won the match?')}: the held-out line ")
+
+
+def test_a_blind_line_that_is_trained_on(pack_folder: Path) -> None:
+    path = replace(pack_folder, "blind/others.toml", "when is my egg done", "How long does an egg take?")
+    at = line_of(path, "How long does an egg take?")
+    assert refusal_of(pack_folder).startswith(f"{path}:{at}: the held-out line ")
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,22 @@ def test_held_out_lines_are_taken_as_they_are_written(kitchen: Pack) -> None:
     assert examples[0].calls[0].slots == {"state": "off", "which": "all"}
 
 
+def test_blind_lines_take_the_place_of_held_out_ones(kitchen: Pack) -> None:
+    assert not {"when is my egg done", "oven on ninety, and ring Ana"} & {e.text for e in held_out_examples(kitchen)}
+    command, *asked = held_out_examples(kitchen.judged_blind())
+    assert command.text == "oven on ninety, and ring Ana"
+    assert [dict(call.slots) for call in command.calls] == [{"degrees": 90}, {"contact": "Ana"}]
+    assert [(e.text, e.kind) for e in asked] == [
+        ("when is my egg done", "fact"),
+        ("my egg is in the water: now what", "fact"),
+    ]
+    assert asked[0].answers == ("Eight minutes.",)
+
+
 def test_held_out_lines_are_never_drawn(kitchen: Pack) -> None:
     places = {template.where for template in kitchen.held_out}
-    places |= {template.where for reply in kitchen.replies for template in reply.held_out}
+    places |= {template.where for reply in kitchen.replies for template in (*reply.held_out, *reply.blind)}
+    places |= {template.where for template in kitchen.blind}
     assert not places & {place for example in draw(kitchen, 4, 2000) for place in example.source.split(" + ")}
     assert not {"do my homework", "is the air damp"} & {example.text.lower() for example in draw(kitchen, 4, 2000)}
 

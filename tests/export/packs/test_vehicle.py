@@ -79,6 +79,9 @@ def test_there_are_enough_wordings(vehicle: Pack) -> None:
     assert trained["refusal"] >= 300
     tested = held_out_wordings(vehicle)
     assert all(tested[name] >= 10 for name in (*ACTIONS, SEVERAL, "fact", "chat", "refusal"))
+    blind = held_out_wordings(vehicle.judged_blind())
+    assert sum(blind[name] for name in ACTIONS) >= 300
+    assert blind["refusal"] >= 300
 
 
 @pytest.fixture(scope="module")
