@@ -17,12 +17,13 @@ import msgspec
 from edge_llm.bundle.files import read_plain_file
 from edge_llm.bundle.incoming import install
 from edge_llm.bundle.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Bundle
-from edge_llm.bundle.owner import as_owner
-from edge_llm.bundle.shipped import shipped_bundle
+from edge_llm.bundle.owner import as_owner, in_folder_as_owner
+from edge_llm.bundle.prepare import prepared_dir, remove_copies
+from edge_llm.bundle.shipped import open_bundle
 from edge_llm.bundle.signature import SIGNATURE_FILE, check_signature
-from edge_llm.bundle.store import BundleStore, Health
-from edge_llm.config import bundle_store_dir
-from edge_llm.engine.probe import check_installed, probe
+from edge_llm.bundle.store import ACTIVATE_LOCK, BundleStore, Health
+from edge_llm.config import bundle_store_dir, cache_dir
+from edge_llm.engine.probe import check_bundle
 from edge_llm.errors import BundleError, BundleNotFoundError, BundleSignatureError, ConfigError, EdgeLlmError
 
 if TYPE_CHECKING:
@@ -128,7 +129,12 @@ def activate_bundle(config: Config, name: str) -> Iterator[str]:
         ConfigError: the store cannot be used.
     """
     config = _absolute(config)
-    yield from as_owner(config, lambda store, is_anothers: _activate(store, config, store.find(name), is_anothers))
+
+    def work(store: BundleStore, is_anothers: bool) -> Iterator[str]:
+        with _alone(store):
+            yield from _activate(store, config, store.find(name), is_anothers)
+
+    yield from as_owner(config, work)
 
 
 def roll_back(config: Config) -> Iterator[str]:
@@ -139,13 +145,8 @@ def roll_back(config: Config) -> Iterator[str]:
     config = _absolute(config)
 
     def work(store: BundleStore, is_anothers: bool) -> Iterator[str]:
-        selection = store.selection()
-        if selection.previous is not None:
-            yield from _activate(store, config, selection.previous, is_anothers)
-        elif selection.current is not None:
-            yield from _activate_shipped(store, config, is_anothers)
-        else:
-            raise BundleNotFoundError("there is no previous bundle to roll back to: `edge-llm bundle list` shows them")
+        with _alone(store):
+            yield from _activate(store, config, _before(store, config), is_anothers)
 
     yield from as_owner(config, work)
 
@@ -159,70 +160,101 @@ def remove_bundle(config: Config, name: str) -> str:
     """
 
     def work(store: BundleStore, _is_anothers: bool) -> Iterator[str]:
-        digest = store.find(name)
+        with _alone(store):
+            digest = store.find(name)
+            try:
+                store.remove(digest)
+            except OSError as error:
+                raise ConfigError(f"the bundle {digest[:12]} cannot be removed: {error}") from None
+        yield digest
+
+    (digest,) = as_owner(config, work)
+    return f"removed {digest[:12]}{_remove_prepared(config, digest)}"
+
+
+def _remove_prepared(config: Config, digest: str) -> str:
+    """Delete the prepared copies of a bundle that is gone; what there is to say of it."""
+    folder = prepared_dir(cache_dir(config)).absolute()
+
+    def work(path: Path, _is_anothers: bool) -> Iterator[str]:
         try:
-            store.remove(digest)
+            if remove_copies(path, digest):
+                yield ", and what was prepared of it"
         except OSError as error:
-            raise ConfigError(f"the bundle {digest[:12]} cannot be removed: {error}") from None
-        yield f"removed {digest[:12]}"
+            raise ConfigError(f"{folder} cannot be changed: {error.strerror}") from None
 
-    (said,) = as_owner(config, work)
-    return said
+    try:
+        return "".join(in_folder_as_owner("the folder of prepared copies", folder, (folder.parent, folder), work))
+    except ConfigError as error:
+        return f", but not what was prepared of it: {error}"
 
 
-def _activate(store: BundleStore, config: Config, digest: str, is_anothers: bool) -> Iterator[str]:
-    bundle = store.open(digest, config.bundle_keys)
+def _activate(store: BundleStore, config: Config, digest: str | None, is_anothers: bool) -> Iterator[str]:
+    """Serve a bundle from now on; None is the one that comes with edge_llm.
+
+    Yields and raises as ``activate_bundle``.
+    """
+    bundle = open_bundle(store, digest, config.bundle_keys)
+    title = _title(bundle) if digest is not None else f"{_title(bundle)}, which comes with edge_llm"
     if is_anothers and not store.is_followed():
         # Where the health prompt would be answered, the daemon's own limits and folders are not.
         raise ConfigError(
-            f"no daemon runs, and only the daemon can try {_title(bundle)} as its own user: start it first "
+            f"no daemon runs, and only the daemon can try {title} as its own user: start it first "
             "(systemctl start edge-llm), then activate again. A start that fails goes back by itself"
         )
     if config.bundle is not None:
         yield f"note: the setting bundle = {config.bundle} names what is served; without it the store's current one is"
     try:
         if store.is_followed():
-            yield f"asking the running daemon to switch to {_title(bundle)}; it serves on meanwhile"
+            yield f"asking the running daemon to switch to {title}; it serves on meanwhile"
             bundle.verify()
             _ask_daemon(store, config, digest)
         else:
-            yield f"no daemon runs: trying {_title(bundle)} here"
-            check_installed(store, digest, config)
+            yield f"no daemon runs: trying {title} here"
+            check_bundle(store, digest, config)
             store.activated(digest)
     except OSError as error:
         if isinstance(error, EdgeLlmError):
-            raise _told(store, digest, error) from None
+            raise _told(store, bundle, digest, error) from None
         raise ConfigError(f"the bundle store {bundle_store_dir(config)} cannot be written: {error}") from None
     except EdgeLlmError as error:
-        raise _told(store, digest, error) from None
-    yield f"current: {_title(bundle)}, which has answered its health prompt"
+        raise _told(store, bundle, digest, error) from None
+    yield f"current: {title}, which has answered its health prompt"
 
 
-def _activate_shipped(store: BundleStore, config: Config, is_anothers: bool) -> Iterator[str]:
-    """Serve the bundle that comes with edge_llm from now on. Yields and raises as ``activate_bundle``."""
-    try:
-        bundle = Bundle.open(shipped_bundle(), config.bundle_keys)
-    except BundleError as error:
-        raise BundleNotFoundError(
-            f"there is no previous bundle to roll back to, and none that comes with edge_llm: {error}"
-        ) from None
-    is_followed = store.is_followed()
-    if is_anothers and not is_followed:
-        raise ConfigError("no daemon runs, and only the daemon can try a bundle as its own user: start it first")
-    try:
-        if is_followed:
-            yield f"asking the running daemon to switch to {_title(bundle)}, which comes with edge_llm"
-            _ask_daemon(store, config, None)
-        else:
-            yield f"no daemon runs: trying {_title(bundle)}, which comes with edge_llm, here"
-            bundle.verify()
-            probe(bundle.path, config)
-            store.activated(None)
-    except OSError as error:
-        if isinstance(error, EdgeLlmError):
-            raise
-        raise ConfigError(f"the bundle store {bundle_store_dir(config)} cannot be written: {error}") from None
-    yield f"current: {_title(bundle)}, which has answered its health prompt"
+def _before(store: BundleStore, config: Config) -> str | None:
+    """What was current before; None is the bundle that comes with edge_llm. Raises ``BundleNotFoundError``."""
+    selection = store.selection()
+    if selection.previous is None:
+        what = "there is no previous bundle to roll back to"
+        if selection.current is None:
+            raise BundleNotFoundError(f"{what}: `edge-llm bundle list` shows them")
+        try:
+            open_bundle(store, None, config.bundle_keys)
+        except BundleError as error:
+            raise BundleNotFoundError(f"{what}, and none that comes with edge_llm: {error}") from None
+    return selection.previous
+
+
+@contextlib.contextmanager
+def _alone(store: BundleStore) -> Iterator[None]:
+    """Let no other command activate or remove a bundle meanwhile; not waited for, as that may take minutes.
+
+    Raises:
+        ConfigError: another one does just now, or the store cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            # Where there is no store, nothing is installed.
+            if store.folder.is_dir():
+                held.enter_context(store.locked(ACTIVATE_LOCK, wait=False))
+        except BlockingIOError:
+            raise ConfigError(
+                "another command is activating or removing a bundle here: try again when it has ended"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"the bundle store {store.folder} cannot be written: {error}") from None
+        yield
 
 
 def _ask_daemon(store: BundleStore, config: Config, digest: str | None) -> None:
@@ -255,15 +287,15 @@ def _ask_daemon(store: BundleStore, config: Config, digest: str | None) -> None:
         raise BundleError(why)
 
 
-def _told(store: BundleStore, digest: str, error: EdgeLlmError) -> EdgeLlmError:
-    """The same error, with what has become of it; the store remembers the reason."""
+def _told(store: BundleStore, bundle: Bundle, digest: str | None, error: EdgeLlmError) -> EdgeLlmError:
+    """The same error, with what has become of it; the store remembers the reason of an installed one."""
     selection = store.selection()
-    health = selection.health.get(digest)
+    health = None if digest is None else selection.health.get(digest)
     if health is None or health.ok or health.detail != str(error):
         with contextlib.suppress(OSError):
             selection = store.update(lambda before: before.with_health(digest, Health.failed(error)))
     stays = "the one that comes with edge_llm" if selection.current is None else selection.current[:12]
-    return BundleError(f"{digest[:12]} is not activated, the current bundle stays {stays}: {error}")
+    return BundleError(f"{bundle.digest[:12]} is not activated, the current bundle stays {stays}: {error}")
 
 
 def _listed(store: BundleStore, digest: str, selection: Selection, config: Config) -> Listed:

@@ -200,12 +200,15 @@ class Config(_Strict, frozen=True):
     signed it. ``privacy`` strict keeps nothing that users say on disk or in the log.
 
     Without ``bundle`` the current one of ``bundle_store`` is served (default: ``bundles`` under the state folder); a
-    bundle that is activated there has to answer its health prompt within ``activation_timeout_s``.
+    bundle that is activated there has to answer its health prompt within ``activation_timeout_s``. With
+    ``bundle_downgrade`` refuse, none is activated that is older than one of its name that has been served, but the
+    one before.
     """
 
     bundle: str | None = None
     bundle_keys: tuple[str, ...] = ()
     bundle_store: str | None = None
+    bundle_downgrade: Literal["allow", "refuse"] = "allow"
     activation_timeout_s: Seconds = 600.0
     privacy: Literal["normal", "strict"] = "normal"
     cache_dir: str | None = None

@@ -24,7 +24,8 @@ from edge_llm.metrics import Metrics
 from edge_llm.mqtt.gateway import Gateway
 from edge_llm.node import Node
 from edge_llm.notify import Notifier, Watchdog, watchdog_timeout_s
-from edge_llm.updating import StoreStart, Updater
+from edge_llm.store_start import StoreStart
+from edge_llm.updating import Updater
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -131,11 +132,11 @@ def _start_first(node: Node, start: StoreStart | None, bundle: Bundle) -> None:
                 # The settings, or the machine: no bundle is to blame.
                 start.uncount()
             raise
-    if start is not None and start.update is not None:
-        node.set_update(start.update)
     node.start(model)
     if start is not None:
+        # Recorded first, so that what is announced is what the next start finds.
         start.ready()
+    node.announce(None if start is None else start.update)
 
 
 def _stopped_while_loading(start: StoreStart | None, age_s: float) -> int:

@@ -8,6 +8,7 @@
     │   ├── BundleIntegrityError  a file's size or hash is not the manifest's, or it asks for files of others
     │   ├── BundleSignatureError  it is not signed, or not by a trusted key
     │   ├── BundleHealthError     it does not answer its health prompt, or not in time
+    │   ├── BundleDowngradeError  it is older than what has been served, and bundle_downgrade is "refuse"
     │   └── UnsupportedBundleError  this runtime or machine lacks what the bundle needs
     │       └── ProviderError     an execution provider cannot run a graph here
     ├── MemoryPlanError           the machine has less memory than the settings need
@@ -58,6 +59,10 @@ class BundleSignatureError(BundleError):
 
 class BundleHealthError(BundleError):
     """The bundle does not answer its health prompt: loading it ends the process, or takes too long."""
+
+
+class BundleDowngradeError(BundleError):
+    """The bundle is older than one of its name that has been served here, and the settings refuse to go back."""
 
 
 class UnsupportedBundleError(BundleError):

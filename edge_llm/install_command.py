@@ -17,7 +17,7 @@ from edge_llm.device.board import detect_board
 from edge_llm.device.profile import device_layer, tuned_layer
 from edge_llm.errors import ConfigError
 from edge_llm.installation import CONFIG_FILE, MACHINE_DROP_IN_FILE, Installation, Step
-from edge_llm.unit_files import UNIT, Machine
+from edge_llm.unit_files import SERVICE_USER, UNIT, Machine, folders_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -138,6 +138,8 @@ def _machine(options: InstallOptions, installation: Installation) -> tuple[Machi
     folder = config.bundle or str(shipped_bundle())
     _check_visible("the bundle", folder)
     _check_paths(config)
+    if options.root == SYSTEM_ROOT:
+        _check_owners(config, installation)
     in_image = installation.below_root(Path(folder)) if os.path.isabs(folder) else Path(folder)
     bundle = Bundle.open(in_image if in_image.exists() else folder, _keys(options, config))
     command = (*_command(options), "serve", "--config", str(CONFIG_FILE))
@@ -192,6 +194,9 @@ def _check_paths(config: Config) -> None:
     named = [("bundle_keys", key) for key in config.bundle_keys]
     optional = {
         "bundle": config.bundle,
+        "cache_dir": config.cache_dir,
+        "state_dir": config.state_dir,
+        "bundle_store": config.bundle_store,
         "mqtt.password_file": config.mqtt.password_file,
         "mqtt.tls.ca_file": tls.ca_file,
         "mqtt.tls.cert_file": tls.cert_file,
@@ -203,6 +208,20 @@ def _check_paths(config: Config) -> None:
         if not os.path.isabs(path):
             raise ConfigError(f"{setting} {path}: give the whole path")
         _check_visible(setting, path)
+
+
+def _check_owners(config: Config, installation: Installation) -> None:
+    """See that folders which systemd does not make for the service are there, and somebody's."""
+    for setting, folder in folders_elsewhere(config).items():
+        try:
+            is_roots = installation.below_root(Path(folder)).stat().st_uid == 0
+        except OSError:
+            is_roots = True
+        if is_roots:
+            raise ConfigError(
+                f"{setting} {folder}: the service could not write there. Leave it out, or make the folder its own "
+                f"first: useradd --system {SERVICE_USER}; install -d -o {SERVICE_USER} -g {SERVICE_USER} {folder}"
+            )
 
 
 def config_text(settings: Mapping[str, Any]) -> str:

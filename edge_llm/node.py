@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_llm.bundle.manifest import Bundle
+    from edge_llm.bundle.store import Health
     from edge_llm.cache.erasure import Erasure
     from edge_llm.config import Config
     from edge_llm.domain.schema import DomainSchema
@@ -88,29 +89,37 @@ class Node:
         on_state = None if beside else (lambda state, **detail: self._report(state, bundle, **detail))
         return load_model(bundle, self._config, on_state=on_state)
 
-    def start(self, model: LoadedModel, update: dict[str, Any] | None = None) -> Served | None:
-        """Let a model answer every query that comes from now on.
+    def start(self, model: LoadedModel) -> Served | None:
+        """Let a model answer every query that comes from now on. ``announce`` tells of it, once it is recorded.
 
         Args:
             model: loaded.
-            update: what ``info`` says of the activation that brought it; None leaves what it says.
 
         Returns:
             What did so before, if anything did: it finishes what it has accepted, and is to be retired.
         """
         served = self._serve(model)
         before, self.served = self.served, served
-        self._update = update or self._update
         if before is not None:
             # The heat is told by the new one from here on.
             before.caches.power.on_change = lambda _level: None
         self._switchboard.put(served.scheduler)
         recorder = None if served.caches.feedback is None else FeedbackRecorder(served.caches.feedback)
         self._gateway.bind(self._switchboard, served.bundle.manifest.generation, recorder)
-        self._publish(model)
-        self._gateway.set_state("online", bundle=served.bundle.manifest.name)
-        _log.info("online", extra=self._online(model))
+        self._model = model
         return before
+
+    def announce(self, update: dict[str, Any] | None = None) -> None:
+        """Tell in ``info`` and the status what has been started.
+
+        Args:
+            update: what ``info`` says of the activation that brought it; None leaves what it says.
+        """
+        assert self._model is not None
+        self._update = update or self._update
+        self._publish(self._model)
+        self._gateway.set_state("online", bundle=self._model.bundle.manifest.name)
+        _log.info("online", extra=self._online(self._model))
 
     def retire(self, served: Served, hurry: threading.Event) -> None:
         """Wait until all that was accepted is answered, or ``hurry`` is set, and free what it took."""
@@ -228,6 +237,13 @@ def collect_garbage() -> None:
     gc.collect()
     gc.freeze()
     trim_memory()
+
+
+def update_document(digest: str | None, failed: Health | None) -> dict[str, Any]:
+    """How an activation ended, for ``info``; ``failed`` None: the bundle serves. A digest of None is the bundle that
+    comes with edge_llm."""
+    reason = {} if failed is None else {"kind": failed.kind, "reason": failed.detail}
+    return {"digest": digest, "ok": failed is None, **reason}
 
 
 def info_document(model: LoadedModel, config: Config) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 UNIT: Final = "edge-llm.service"
 GPU_DROP_IN: Final = "edge-llm-gpu.conf"
+# DynamicUser= takes a user of the unit's name if there is one: only then can a folder be his before the service starts.
+SERVICE_USER: Final = "edge-llm"
+# StateDirectory= and CacheDirectory=, and where these are links to.
+_OWN_FOLDERS: Final = tuple(f"/var/{kind}/{name}edge-llm" for kind in ("lib", "cache") for name in ("", "private/"))
 # In the wheel they lie inside the package; in a checkout, beside it.
 _FOLDERS: Final = (Path(__file__).parent / "systemd", Path(__file__).parent.parent / "systemd")
 # The control group is charged for the pages of every library and file that it was the first to read, too.
@@ -83,12 +89,29 @@ def drop_in_text(machine: Machine) -> str:
         "",
         *_cpu_lines(config),
     ]
+    if folders := folders_elsewhere(config):
+        lines += [
+            "",
+            f"# {', '.join(folders)}; the user {SERVICE_USER} must own them.",
+            *map(_read_write, folders.values()),
+        ]
     if uses_gpu(config) and _GPU_GROUP in machine.groups:
         lines += ["", "# Beside those of 20-gpu.conf.", f"SupplementaryGroups={_GPU_GROUP}"]
     if is_loopback(config.mqtt.host):
         lines += ["", "# The broker is on this machine: nothing else is reached.", "IPAddressDeny=any"]
         lines += ["IPAddressAllow=localhost"]
     return "\n".join(lines) + "\n"
+
+
+def folders_elsewhere(config: Config) -> dict[str, str]:
+    """Folders that the daemon writes and systemd does not make for it, by the setting that names them."""
+    named = {"cache_dir": config.cache_dir, "state_dir": config.state_dir, "bundle_store": config.bundle_store}
+    folders = {setting: os.path.normpath(folder) for setting, folder in named.items() if folder is not None}
+    return {
+        setting: folder
+        for setting, folder in folders.items()
+        if not any(folder == own or folder.startswith(f"{own}/") for own in _OWN_FOLDERS)
+    }
 
 
 def memory_limit_bytes(bundle: Bundle, config: Config) -> int:
@@ -111,6 +134,13 @@ def quoted(argument: str) -> str:
     """An argument as ExecStart= wants it (systemd.service(5), "Command lines")."""
     escaped = argument.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return escaped if argument and not set(argument) & set(" \t'\"\\;") else f'"{escaped}"'
+
+
+def _read_write(folder: str) -> str:
+    # Nothing that systemd would read as more than a path (systemd.syntax(7)), and not all there is.
+    if not re.fullmatch(r"(/[\w.@+,=-]+)+", folder, re.ASCII):
+        raise ConfigError(f"{folder}: a folder of the service may have letters, digits and ._@+,=- in its name")
+    return f"ReadWritePaths={folder}"
 
 
 def _largest_needs(bundle: Bundle, config: Config) -> dict[str, int]:

@@ -14,17 +14,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from edge_llm.bundle.manifest import Bundle
-from edge_llm.bundle.shipped import shipped_bundle
-from edge_llm.bundle.store import MAX_FAILED_STARTS, BundleStore, Health, now
-from edge_llm.engine.probe import check_installed, probe
-from edge_llm.errors import BundleError, BundleHealthError, ConfigError, MemoryPlanError
-from edge_llm.node import collect_garbage
+from edge_llm.bundle.shipped import open_bundle
+from edge_llm.bundle.store import Health
+from edge_llm.engine.probe import check_bundle
+from edge_llm.errors import BundleError, BundleHealthError, MemoryPlanError
+from edge_llm.node import collect_garbage, update_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edge_llm.bundle.store import Selection
+    from edge_llm.bundle.store import BundleStore, Selection
     from edge_llm.config import Config
     from edge_llm.engine.loading import LoadedModel
     from edge_llm.metrics import Metrics
@@ -131,7 +130,7 @@ class Updater:
         if empty or (key == self._tried and not again):
             return
         served = self._node.served
-        if served is not None and served.bundle.digest == (digest or _shipped_digest()):
+        if served is not None and served.bundle.digest == (digest or self._shipped_digest()):
             self._tried = key
             if wanted is not None:
                 self._commit(digest)
@@ -142,6 +141,12 @@ class Updater:
         self._tried = key
         self._attempt = _Attempt(self, digest, key)
         self._attempt.start()
+
+    def _shipped_digest(self) -> str | None:
+        try:
+            return open_bundle(self._store, None).digest
+        except BundleError:
+            return None
 
     # -- on the attempt's thread --------------------------------------------------------------------------------------
 
@@ -169,11 +174,15 @@ class Updater:
     def _beside(self, attempt: _Attempt) -> Served | None:
         """Load the new one while the old one serves; returns that. Raises ``MemoryPlanError`` if both do not fit."""
         attempt.give_up_at = time.monotonic() + self._limit_s
-        bundle = self._checked(attempt.digest)
+        bundle = check_bundle(self._store, attempt.digest, self._config)
         return self._take_over(attempt, self._node.load(bundle, beside=True))
 
     def _afterwards(self, attempt: _Attempt) -> None:
-        """Load the new one when the old one has gone; if it fails, the old one comes back."""
+        """Load the new one when the old one has gone; if it fails, the old one comes back.
+
+        Raises:
+            Exception: the new one failed, and the old one as well.
+        """
         served = self._node.served
         assert served is not None
         old = served.bundle
@@ -182,7 +191,7 @@ class Updater:
                 return
             attempt.alone = True
             attempt.give_up_at = None
-        self._node.pause(_open(self._store, attempt.digest, self._config), self._hurry)
+        self._node.pause(open_bundle(self._store, attempt.digest, self._config.bundle_keys), self._hurry)
         del served
         collect_garbage()
         failure = self._try_alone(attempt)
@@ -191,15 +200,15 @@ class Updater:
         _log.warning("back to the old bundle: %s", failure)
         collect_garbage()
         try:
-            self._take_over(attempt, self._node.load(old), commit=False)
+            self._take_over(attempt, self._node.load(old), failure)
         except Exception as fatal:
             attempt.fatal = fatal
-        raise failure
+            raise failure from None
 
     def _try_alone(self, attempt: _Attempt) -> Exception | None:
         try:
             attempt.give_up_at = time.monotonic() + self._limit_s
-            bundle = self._checked(attempt.digest)
+            bundle = check_bundle(self._store, attempt.digest, self._config)
             self._take_over(attempt, self._node.load(bundle))
         except Exception as reason:
             # Without the frames, which hold what was loaded: the old bundle needs its room.
@@ -207,25 +216,21 @@ class Updater:
             return reason.with_traceback(None)
         return None
 
-    def _take_over(self, attempt: _Attempt, model: LoadedModel, *, commit: bool = True) -> Served | None:
+    def _take_over(self, attempt: _Attempt, model: LoadedModel, failure: Exception | None = None) -> Served | None:
+        """Let a model answer: the new one, or after a ``failure`` the old one. Recorded first, then announced."""
         with self._lock:
             attempt.give_up_at = None
             if attempt.abandoned:
                 raise BundleHealthError("it came too late")
-            if not commit:
-                return self._node.start(model)
-            before = self._node.start(model, update_document(model.bundle.digest, None))
-            self._metrics.count("bundle_switches")
-            self._commit(attempt.digest)
+            before = self._node.start(model)
+            if failure is not None:
+                update = self._record_refusal(attempt.digest, failure)
+            else:
+                self._metrics.count("bundle_switches")
+                self._commit(attempt.digest)
+                update = update_document(model.bundle.digest, None)
+            self._node.announce(update)
             return before
-
-    def _checked(self, digest: str | None) -> Bundle:
-        if digest is not None:
-            return check_installed(self._store, digest, self._config)
-        bundle = _open(self._store, None, self._config)
-        bundle.verify()
-        probe(bundle.path, self._config)
-        return bundle
 
     # -- what is recorded ---------------------------------------------------------------------------------------------
 
@@ -261,12 +266,16 @@ class Updater:
         _log.info("switched to another bundle", extra={"digest": digest})
 
     def _refuse(self, digest: str | None, reason: Exception) -> None:
+        self._node.set_update(self._record_refusal(digest, reason))
+
+    def _record_refusal(self, digest: str | None, reason: Exception) -> dict[str, Any]:
+        """In the log, the metrics and the store; what ``info`` is to say of it."""
         health = Health.failed(reason)
         _log.error("the bundle is not activated, the old one serves on: %s", health.detail, extra={"digest": digest})
         self._metrics.count(f"bundle_refused_{health.kind}")
         self._unwritten.append(lambda: self._store.refused(digest, health))
         self._write()
-        self._node.set_update(update_document(digest, health))
+        return update_document(digest, health)
 
     def _write(self) -> None:
         """Tell the store what it does not know yet; ``tick`` tries again what could not be written."""
@@ -280,134 +289,3 @@ class Updater:
                 return
             self._write_failed = False
             del self._unwritten[0]
-
-
-def update_document(digest: str | None, failed: Health | None) -> dict[str, Any]:
-    """How an activation ended, for ``info``; ``failed`` None: the bundle serves. A digest of None is the bundle that
-    comes with edge_llm."""
-    reason = {} if failed is None else {"kind": failed.kind, "reason": failed.detail}
-    return {"digest": digest, "ok": failed is None, **reason}
-
-
-class StoreStart:
-    """What a starting daemon serves when no bundle was named: the store's current one, and when that fails, the one
-    before, and at last the one that comes with edge_llm.
-
-    What is selected stays as it was until the replacement serves: if all fail, the bundle may not be to blame.
-
-    Args:
-        store: where they are.
-        config: with the keys.
-        metrics: counts ``bundle_rollbacks``.
-    """
-
-    def __init__(self, store: BundleStore, config: Config, metrics: Metrics) -> None:
-        self._store = store
-        self._config = config
-        self._metrics = metrics
-        self._failed: dict[str, Health] = {}
-        has_shipped = _has_usable_shipped(config)
-        self._earlier_starts = 0
-        try:
-            self._follows = store.follow()
-            selection, self._earlier_starts = store.begin_start()
-        except OSError as error:
-            _log.warning("the bundle store cannot be written, so starts are not counted: %s", error)
-            selection = store.selection()
-        self._selected = selection.current
-        choices = [selection.current]
-        if selection.current is not None:
-            if selection.previous is not None and store.path(selection.previous).is_dir():
-                choices.append(selection.previous)
-            if has_shipped:
-                choices.append(None)
-        # Each has so many starts; after the last one it is the current one's turn again.
-        turn = self._earlier_starts // MAX_FAILED_STARTS % len(choices)
-        for digest in choices[:turn]:
-            self._note(
-                digest,
-                Health(
-                    ok=False, at=now(), kind="crash_loop", detail=f"{MAX_FAILED_STARTS} starts without getting ready"
-                ),
-            )
-        # The first is what is being tried.
-        self._choices = choices[turn:] + choices[:turn]
-
-    @property
-    def update(self) -> dict[str, Any] | None:
-        """For ``info``: what was given up, if the selected one was."""
-        if self._choices[0] == self._selected:
-            return None
-        assert self._selected is not None
-        return update_document(self._selected, self._failed[self._selected])
-
-    def bundle(self) -> Bundle:
-        """What to serve; every call that follows a failure gives the next one.
-
-        Raises:
-            BundleError: nothing is left that could be served.
-            ConfigError: a key cannot be used.
-        """
-        while True:
-            try:
-                return _open(self._store, self._choices[0], self._config)
-            except ConfigError:
-                self.uncount()
-                raise
-            except BundleError as reason:
-                self.give_up(reason)
-
-    def give_up(self, reason: BundleError) -> None:
-        """Go on with the next one. Raises ``reason`` if none is left; the start does not count then, as each was
-        tried."""
-        if len(self._choices) == 1:
-            self.uncount()
-            raise reason
-        self._note(self._choices.pop(0), Health.failed(reason))
-
-    def ready(self) -> None:
-        """READY: what serves now is the current one."""
-        serving = self._choices[0]
-        try:
-            if serving != self._selected:
-                _log.error("rolled back to another bundle", extra={"digest": serving})
-                self._metrics.count("bundle_rollbacks")
-                self._store.roll_back(self._failed, serving)
-            self._store.end_start()
-        except OSError as error:
-            _log.warning("the bundle store cannot be written: %s", error)
-
-    def uncount(self) -> None:
-        """Ended for a reason that is not the bundle's: the start does not count as a failed one."""
-        if self._selected is None:
-            return
-        try:
-            self._store.set_starts(self._selected, self._earlier_starts)
-        except OSError as error:
-            _log.warning("the bundle store cannot be written: %s", error)
-
-    def _note(self, digest: str | None, health: Health) -> None:
-        _log.error("the bundle cannot be served: %s", health.detail, extra={"digest": digest})
-        if digest is not None:
-            self._failed[digest] = health
-
-
-def _open(store: BundleStore, digest: str | None, config: Config) -> Bundle:
-    """An installed bundle, or the one that comes with edge_llm. Raises as ``BundleStore.open`` does."""
-    return store.open(digest, config.bundle_keys) if digest else Bundle.open(shipped_bundle(), config.bundle_keys)
-
-
-def _has_usable_shipped(config: Config) -> bool:
-    """Whether a bundle comes with edge_llm that may be served here."""
-    try:
-        Bundle.open(shipped_bundle(), config.bundle_keys)
-    except BundleError:
-        return False
-    return True
-
-
-def _shipped_digest() -> str | None:
-    try:
-        return Bundle.open(shipped_bundle()).digest
-    except BundleError:
-        return None

@@ -13,7 +13,7 @@ LAYERS = [
     {"cli", "__main__"},
     {"daemon", "demo", "ask", "doctor", "bench", "tune"}
     | {"bundle_command", "cache_command", "feedback_command", "install_command", "verify_command"},
-    {"updating"},
+    {"updating", "store_start"},
     {"node"},
     {"local_broker", "installation"},
     {"unit_files"},

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from edge_llm import bundle_command, cli
-from edge_llm.bundle.store import BundleStore
+from edge_llm import cli
+from edge_llm.bundle import shipped
+from edge_llm.bundle.prepare import prepared_graph
+from edge_llm.bundle.store import INSTALL_LOCK, BundleStore
+from edge_llm.bundle_command import activate_bundle
+from edge_llm.config import Config
+from edge_llm.engine import probe
 from edge_llm.errors import BundleHealthError
 from tests.bundle.versions import version_of
 from tests.paths import TINY_BUNDLE
@@ -20,13 +27,11 @@ def run(tmp_path, monkeypatch, capsys):
     """Runs a command; returns its exit status and what it has printed."""
     probed = []
 
-    def check(store, digest, config):
-        probed.append(digest)
-        bundle = store.open(digest, config.bundle_keys)
-        bundle.verify()
+    def answer(folder, _config):
+        probed.append(folder)
+        run.meanwhile()
         if run.sick:
             raise BundleHealthError("it answers wrongly")
-        return bundle
 
     def run(*arguments, key=None):
         trusted = [] if key is None else ["--set", f'bundle_keys=["{key}"]']
@@ -37,8 +42,10 @@ def run(tmp_path, monkeypatch, capsys):
     for name in [name for name in os.environ if name.startswith("EDGE_LLM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("EDGE_LLM_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(bundle_command, "check_installed", check)
+    monkeypatch.setenv("EDGE_LLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "probe", answer)
     run.sick = False
+    run.meanwhile = lambda: None
     run.probed = probed
     run.store = BundleStore(tmp_path / "state" / "bundles")
     return run
@@ -87,13 +94,102 @@ def test_activate_and_roll_back(run, two):
 
 
 def test_from_a_first_one_it_goes_back_to_the_bundle_that_comes_along(run, two, monkeypatch):
-    monkeypatch.setattr(bundle_command, "shipped_bundle", lambda: TINY_BUNDLE)
-    monkeypatch.setattr(bundle_command, "probe", lambda folder, _config: run.probed.append(folder))
+    monkeypatch.setattr(shipped, "shipped_bundle", lambda: TINY_BUNDLE)
     status, said = run("rollback")
     assert (status, "comes with edge_llm" in said) == (0, True)
     assert run.probed[-1] == TINY_BUNDLE
     assert (run.store.selection().current, run.store.selection().previous) == (None, two["1.0"])
     assert run("remove", "tiny@1.0")[0] == 0
+
+
+def test_without_one_that_comes_along_there_is_no_way_back_from_the_first(run, two, monkeypatch):
+    monkeypatch.setattr(shipped, "_FOLDERS", ())
+    status, said = run("rollback")
+    assert (status, "no previous bundle to roll back to, and none that comes with edge_llm" in said) == (1, True)
+    assert run.store.selection().current == two["1.0"]
+
+
+def test_a_sick_one_that_comes_along_is_not_activated(run, two, monkeypatch):
+    monkeypatch.setattr(shipped, "shipped_bundle", lambda: TINY_BUNDLE)
+    run.sick = True
+    status, said = run("rollback")
+    assert (status, "it answers wrongly" in said) == (1, True)
+    assert run.store.selection().current == two["1.0"]
+
+
+@pytest.mark.parametrize("command", [("activate", "tiny@1.0"), ("rollback",), ("remove", "tiny@2.0")])
+def test_of_two_commands_at_once_the_second_is_refused(run, two, command):
+    seen = []
+    run.meanwhile = lambda: seen.append(run(*command))
+    assert run("activate", "tiny@2.0")[0] == 0
+    ((status, said),) = seen
+    assert (status, said.count("another command is activating or removing a bundle")) == (2, 1)
+    assert run.store.selection().current == two["2.0"]
+    # And afterwards it is not.
+    run.meanwhile = lambda: None
+    assert run("rollback")[0] == 0
+
+
+def test_with_a_daemon_the_second_of_two_activations_is_refused_too(run, two):
+    following = run.store.follow()
+    try:
+        lines = activate_bundle(Config(state_dir=str(run.store.folder.parent)), "tiny@2.0")
+        assert "asking the running daemon" in next(lines)
+        assert run("activate", "tiny@1.0")[0] == 2
+        lines.close()
+        assert run.store.selection().wanted is None
+    finally:
+        os.close(following)
+
+
+def test_two_installations_at_once_take_turns(run, tmp_path):
+    sources = [version_of(tmp_path, version) for version in ("1.0", "2.0", "3.0", "4.0")]
+    with run.store.locked(INSTALL_LOCK):
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "edge_llm.cli", "bundle", "install", str(source)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for source in sources
+        ]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0] * 4, said
+    assert set(listed(run)) == {"1.0", "2.0", "3.0", "4.0"}
+    assert not list(run.store.folder.glob(".incoming-*"))
+
+
+@pytest.mark.parametrize(("setting", "status"), [("allow", 0), ("refuse", 1)])
+def test_an_older_one_is_refused_if_the_settings_say_so(run, two, tmp_path, setting, status):
+    refuse = ("--set", f"bundle_downgrade={setting}")
+    assert run("activate", "tiny@2.0", *refuse)[0] == 0
+    assert run("install", version_of(tmp_path, "1.9"))[0] == 0
+    asked, said = run("activate", "tiny@1.9", *refuse)
+    assert (asked, "tiny 1.9 is older than 2.0, which has been served here" in said) == (status, status == 1)
+    if status:
+        assert listed(run)["1.9"]["health"]["kind"] == "downgrade"
+        # The one before may come back, and does not make others welcome.
+        assert run("rollback", *refuse)[0] == 0
+        assert run.store.selection().current == two["1.0"]
+        assert run("activate", "tiny@1.9", *refuse)[0] == 1
+
+
+def test_what_was_prepared_of_a_bundle_goes_with_it(run, two, tmp_path):
+    copies = {
+        version: prepared_graph(run.store.open(digest), "cpu-int8", tmp_path / "cache")
+        for version, digest in two.items()
+    }
+    assert "and what was prepared of it" in run("remove", "tiny@2.0")[1]
+    assert [copies[version].exists() for version in ("1.0", "2.0")] == [True, False]
+
+
+def test_if_what_was_prepared_cannot_be_removed_it_is_said(run, two, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "prepared").symlink_to(tmp_path / "elsewhere")
+    status, said = run("remove", "tiny@2.0")
+    assert (status, "but not what was prepared of it: the folder of prepared copies" in said) == (0, True)
+    assert set(listed(run)) == {"1.0"}
 
 
 def test_a_daemon_that_does_not_say_what_became_of_it_is_not_waited_for_for_ever(run, two):

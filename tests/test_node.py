@@ -55,10 +55,16 @@ def node(monkeypatch):
 
 def test_info_tells_of_another_provider_only_for_the_model_that_answers_new_queries(node):
     node.start(model("old"))
+    node.announce()
     old = node.served.scheduler
     old.failover(model("old elsewhere"))
     assert node.info() == "old elsewhere"
     node.start(model("new"))
+    # Until it is recorded, nothing is told of it.
+    assert node.info() == "old elsewhere"
+    assert node._gateway.set_state.call_args.kwargs == {"bundle": "old"}
+    node.announce({"digest": "a" * 64, "ok": True})
+    assert node._gateway.set_state.call_args.kwargs == {"bundle": "new"}
     # It fails over while it finishes what it has accepted.
     old.failover(model("old again"))
     assert node.info() == "new"

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from edge_llm import daemon, updating
+from edge_llm import updating
 from edge_llm.bundle.store import SELECTION_FILE, BundleStore
 from edge_llm.config import Config
-from edge_llm.errors import BundleHealthError, BundleIntegrityError, ConfigError, MemoryPlanError
+from edge_llm.errors import BundleHealthError, BundleIntegrityError, MemoryPlanError
 from edge_llm.metrics import Metrics
-from edge_llm.updating import StoreStart, Updater
+from edge_llm.updating import Updater
 
 OLD, NEW, OTHER = "a" * 64, "b" * 64, "c" * 64
 WAIT_S = 30
@@ -23,11 +23,16 @@ def bundle(digest):
 
 
 class FakeNode:
-    """Notes what it is told to do. ``load_fails`` has the errors of the next loads, by digest."""
+    """Notes what it is told to do, and what ``on_announce`` finds whenever something is announced.
+
+    ``load_fails`` has the errors of the next loads, by digest.
+    """
 
     def __init__(self):
         self.done = []
         self.update = None
+        self.announced = []
+        self.on_announce = lambda: None
         self.load_fails = {}
         self.gate = threading.Event()
         self.gate.set()
@@ -40,11 +45,14 @@ class FakeNode:
             raise self.load_fails[what.digest].pop(0)
         return SimpleNamespace(bundle=what)
 
-    def start(self, model, update=None):
-        self.update = update or self.update
+    def start(self, model):
         self.done.append(("start", model.bundle.digest[0]))
         before, self.served = self.served, SimpleNamespace(bundle=model.bundle)
         return before
+
+    def announce(self, update=None):
+        self.update = update or self.update
+        self.announced.append(self.on_announce())
 
     def retire(self, served, _hurry):
         self.done.append(("retire", served.bundle.digest[0]))
@@ -68,20 +76,20 @@ class World:
         for digest in (OLD, NEW, OTHER):
             self.store.path(digest).mkdir(parents=True)
         self.store.activated(OLD)
-        self.store.open = lambda digest, _keys=(): bundle(digest)
+        monkeypatch.setattr(updating, "open_bundle", lambda _store, digest, _keys=(): bundle(digest or OTHER))
         self.node = FakeNode()
         self.metrics = Metrics()
         self.probe_fails = []
         self.probed = []
         config = Config(**settings)
         self.updater = Updater(self.store, config, self.node, self.metrics, threading.Event())
-        monkeypatch.setattr(updating, "check_installed", self.check)
+        monkeypatch.setattr(updating, "check_bundle", self.check)
 
     def check(self, _store, digest, _config):
-        self.probed.append(digest[0])
+        self.probed.append((digest or OTHER)[0])
         if self.probe_fails and (error := self.probe_fails.pop(0)) is not None:
             raise error
-        return bundle(digest)
+        return bundle(digest or OTHER)
 
     def settle(self, **options):
         """Tick until nothing goes on."""
@@ -114,6 +122,24 @@ def test_a_wanted_bundle_is_loaded_beside_the_old_one(world):
     assert selection.health[NEW].ok
     assert world.node.update == {"digest": NEW, "ok": True}
     assert world.count("bundle_switches") == 1
+
+
+def test_what_is_announced_is_recorded_already(world):
+    def recorded():
+        selection = world.store.selection()
+        return selection.current, selection.wanted
+
+    world.node.on_announce = recorded
+    world.store.want(NEW)
+    world.settle()
+    # One after the other for want of memory: the first time it works, the second time the old one comes back.
+    for reason in (None, BundleHealthError("it answers wrongly")):
+        world.probe_fails = [MemoryPlanError("this needs 2 GB"), reason]
+        world.store.want(OTHER if reason is None else OLD)
+        world.settle()
+    assert world.node.announced == [(NEW, None), (OTHER, None), (OTHER, None)]
+    assert (world.node.update["digest"], world.node.update["kind"]) == (OLD, "health")
+    assert world.count("bundle_refused_health") == 1
 
 
 def test_what_another_process_has_made_current_is_followed(world):
@@ -242,7 +268,7 @@ def test_a_store_that_cannot_be_written_does_not_end_the_daemon(world, monkeypat
         raise OSError("read-only")
 
     with monkeypatch.context() as disk:
-        disk.setattr(updating.BundleStore, "activated", fail)
+        disk.setattr(BundleStore, "activated", fail)
         world.settle()
         world.settle()
         assert world.node.served.bundle.digest == NEW
@@ -262,7 +288,7 @@ def test_a_refusal_that_cannot_be_written_is_written_later(world, monkeypatch):
         raise OSError("read-only")
 
     with monkeypatch.context() as disk:
-        disk.setattr(updating.BundleStore, "refused", fail)
+        disk.setattr(BundleStore, "refused", fail)
         world.settle()
     assert world.store.selection().wanted is not None
     world.updater.tick()
@@ -271,11 +297,7 @@ def test_a_refusal_that_cannot_be_written_is_written_later(world, monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_it_goes_back_to_the_bundle_that_comes_along(world, monkeypatch, asked):
-    shipped = bundle(OTHER)
-    shipped.verify = lambda: None
-    monkeypatch.setattr(updating.Bundle, "open", lambda *_: shipped)
-    monkeypatch.setattr(updating, "probe", lambda folder, _config: world.probed.append(folder[0]))
+def test_it_goes_back_to_the_bundle_that_comes_along(world, asked):
     # Asked by the command, or made so by another daemon that follows the store.
     if asked:
         world.store.want(None)
@@ -298,136 +320,3 @@ def test_a_selection_that_is_lost_is_not_followed(world):
     (world.store.folder / SELECTION_FILE).write_bytes(b"{")
     world.settle()
     assert world.node.done == []
-
-
-# -- starting ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    store = BundleStore(tmp_path / "store")
-    for digest in (OLD, NEW):
-        store.path(digest).mkdir(parents=True)
-        store.activated(digest)
-    store.open = lambda digest, _keys=(): bundle(digest)
-
-    def start(*, shipped=False):
-        monkeypatch.setattr(updating, "_has_usable_shipped", lambda _config: shipped)
-        monkeypatch.setattr(updating.Bundle, "open", lambda *_: bundle(OTHER))
-        return StoreStart(store, Config(), Metrics())
-
-    start.store = store
-    return start
-
-
-def test_a_start_serves_the_current_one(start):
-    assert start().bundle().digest == NEW
-    assert start.store.is_followed()
-
-
-def test_after_three_starts_without_ready_the_one_before_is_served(start):
-    for _ in range(3):
-        assert start().bundle().digest == NEW
-    fourth = start()
-    assert fourth.bundle().digest == OLD
-    assert fourth.update == {
-        "digest": NEW,
-        "ok": False,
-        "kind": "crash_loop",
-        "reason": "3 starts without getting ready",
-    }
-
-
-def test_ready_ends_the_count(start):
-    for _ in range(6):
-        beginning = start()
-        assert beginning.bundle().digest == NEW
-        beginning.ready()
-
-
-def test_one_that_cannot_be_loaded_gives_way_at_once_and_is_given_up_once_the_other_serves(start):
-    before = start.store.selection()
-    beginning = start()
-    beginning.bundle()
-    beginning.give_up(BundleIntegrityError("tampered"))
-    assert beginning.bundle().digest == OLD
-    assert start.store.selection() == before
-    assert beginning.update["reason"] == "tampered"
-    beginning.ready()
-    after = start.store.selection()
-    assert (after.current, after.previous, after.health[NEW].kind) == (OLD, None, "integrity")
-
-
-def test_if_all_fail_the_selection_stays_and_the_start_does_not_count(start):
-    before = start.store.selection()
-    for _ in range(4):
-        beginning = start(shipped=True)
-        for digest in (NEW, OLD):
-            assert beginning.bundle().digest == digest
-            beginning.give_up(BundleIntegrityError("no such provider"))
-        assert beginning.bundle().digest == OTHER
-        with pytest.raises(BundleIntegrityError, match="no such provider"):
-            beginning.give_up(BundleIntegrityError("no such provider"))
-    assert start.store.selection() == before
-    assert start().bundle().digest == NEW
-
-
-def test_the_last_resort_is_the_one_that_comes_along(start):
-    beginning = start(shipped=True)
-    beginning.give_up(BundleIntegrityError("tampered"))
-    beginning.give_up(BundleIntegrityError("tampered, too"))
-    assert beginning.bundle().digest == OTHER
-    assert start.store.selection().current == NEW
-    beginning.ready()
-    selection = start.store.selection()
-    assert (selection.current, selection.previous) == (None, None)
-    assert {selection.health[digest].kind for digest in (OLD, NEW)} == {"integrity"}
-
-
-def test_each_has_three_starts_and_then_it_is_the_first_ones_turn_again(start):
-    before = start.store.selection()
-    served = [start(shipped=True).bundle().digest for _ in range(10)]
-    assert served == [NEW] * 3 + [OLD] * 3 + [OTHER] * 3 + [NEW]
-    assert start.store.selection() == before
-
-
-def test_one_before_that_is_gone_is_nothing_to_go_back_to(start):
-    start.store.path(OLD).rmdir()
-    assert {start().bundle().digest for _ in range(5)} == {NEW}
-
-
-def test_starts_that_are_not_the_bundles_fault_do_not_count(start):
-    start()
-    for _ in range(5):
-        beginning = start()
-        assert beginning.bundle().digest == NEW
-        beginning.uncount()
-    # What counted before still counts.
-    start()
-    start()
-    assert start().bundle().digest == OLD
-
-
-@pytest.mark.parametrize(("age_s", "status", "counted"), [(5.0, 0, 0), (90.0, 1, 1)])
-def test_a_stop_while_loading_counts_only_if_it_comes_late(start, age_s, status, counted):
-    assert daemon._stopped_while_loading(start(), age_s) == status
-    assert start.store.begin_start()[1] == counted
-
-
-@pytest.mark.parametrize("fault", [ConfigError("a wrong setting"), MemoryPlanError("this needs 2 GB")])
-def test_a_wrong_setting_is_no_failed_start(start, fault):
-    beginning = start()
-    node = FakeNode()
-    node.load_fails = {NEW: [fault]}
-    with pytest.raises(type(fault)):
-        daemon._start_first(node, beginning, beginning.bundle())
-    assert start.store.begin_start()[1] == 0
-
-
-def test_a_store_that_cannot_be_written_is_served_from_all_the_same(start, monkeypatch, caplog):
-    def fail(*_):
-        raise OSError("read-only")
-
-    monkeypatch.setattr(BundleStore, "begin_start", fail)
-    assert start().bundle().digest == NEW
-    assert "starts are not counted" in caplog.text

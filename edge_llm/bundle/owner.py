@@ -1,4 +1,4 @@
-"""Acting as the owner of the bundle store, who is the daemon's user.
+"""Acting as the owner of the bundle store, or of another folder of the daemon's user.
 
 What root wrote there the daemon could not read, and what the daemon may have put in root's way must harm nobody. So
 root goes into the folder, which may lie below one that only root can enter (/var/lib/private, with DynamicUser=), and
@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -22,11 +21,14 @@ from edge_llm.device.child import how_it_ended
 from edge_llm.errors import BundleError, ConfigError, EdgeLlmError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from edge_llm.config import Config
 
-    # Takes the store, and whether it is another user's than who has run the command; yields lines for people.
+    # Takes the folder, and whether it is another user's than who has run the command; yields lines for people.
+    FolderWork = Callable[[Path, bool], Iterator[str]]
+    # The same with the store.
     Work = Callable[[BundleStore, bool], Iterator[str]]
 
 
@@ -50,53 +52,67 @@ def as_owner(config: Config, work: Work) -> Iterator[str]:
         ConfigError: ``work`` did, or the store is a link, or cannot be reached.
     """
     folder = bundle_store_dir(config).absolute()
+    # The daemon's user can put what he likes below the state folder, so by default that says who he is.
+    owners = (folder,) if config.bundle_store is not None else (folder.parent, folder)
+    yield from in_folder_as_owner(
+        "the bundle store", folder, owners, lambda path, is_anothers: work(BundleStore(path), is_anothers)
+    )
+
+
+def in_folder_as_owner(what: str, folder: Path, owners: Sequence[Path], work: FolderWork) -> Iterator[str]:
+    """Do ``work`` in a folder as its owner, as ``as_owner`` does in the store's.
+
+    Args:
+        what: the folder is, for people.
+        folder: absolute; need not exist.
+        owners: folders to ask for the owner, the first that is not root's; one that is not there is its parent.
+        work: gets a relative path where root acts as somebody else.
+
+    Yields and raises as ``as_owner``.
+    """
+    _refuse_link(what, folder)
     if os.geteuid() != 0:
-        _refuse_link(folder)
-        yield from work(BundleStore(folder), False)
+        yield from work(folder, False)
         return
-    anchor, descriptor = _open_anchor(config, folder)
+    anchor, descriptor = _open_anchor(what, folder, owners)
     try:
         if os.fstat(descriptor).st_uid == 0:
-            yield from work(BundleStore(folder), False)
+            yield from work(folder, False)
         else:
-            yield from _in_child(descriptor, folder.relative_to(anchor), work)
+            yield from _in_child(what, descriptor, folder.relative_to(anchor), work)
     finally:
         os.close(descriptor)
 
 
-def _refuse_link(folder: Path) -> None:
+def _refuse_link(what: str, folder: Path) -> None:
     try:
         is_link = folder.is_symlink()
     except OSError as error:
-        raise ConfigError(f"the bundle store {folder} cannot be read: {error.strerror}; use sudo") from None
+        raise ConfigError(f"{what} {folder} cannot be read: {error.strerror}; use sudo") from None
     if is_link:
-        raise ConfigError(f"the bundle store {folder} is a link: set bundle_store to the folder itself")
+        raise ConfigError(f"{what} {folder} is a link: name the folder itself in the settings")
 
 
-def _open_anchor(config: Config, folder: Path) -> tuple[Path, int]:
-    """The folder whose owner is acted as, and a descriptor of it.
-
-    The daemon's user can put what he likes below the state folder, so by default that says who he is.
-    """
-    _refuse_link(folder)
+def _open_anchor(what: str, folder: Path, owners: Sequence[Path]) -> tuple[Path, int]:
+    """The folder whose owner is acted as, and a descriptor of it."""
     anchor, descriptor = folder, -1
-    for start in (folder,) if config.bundle_store is not None else (folder.parent, folder):
+    for start in owners:
         if descriptor >= 0:
             os.close(descriptor)
         anchor = next(path for path in (start, *start.parents) if path.exists())
-        # /var/lib/edge-llm is a link that systemd made; the store itself must be none, now either.
+        # /var/lib/edge-llm is a link that systemd made; the folder itself must be none, now either.
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (os.O_NOFOLLOW if anchor == folder else 0)
         try:
             descriptor = os.open(anchor, flags)
         except OSError as error:
-            raise ConfigError(f"the bundle store {folder} cannot be used: {error}") from None
+            raise ConfigError(f"{what} {folder} cannot be used: {error}") from None
         if os.fstat(descriptor).st_uid != 0:
             break
     return anchor, descriptor
 
 
-def _in_child(descriptor: int, store: Path, work: Work) -> Iterator[str]:
-    """Do ``work`` in a process that is the owner of the folder ``descriptor``, and in it; ``store`` is below."""
+def _in_child(what: str, descriptor: int, path: Path, work: FolderWork) -> Iterator[str]:
+    """Do ``work`` in a process that is the owner of the folder ``descriptor``, and in it; ``path`` is from there."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -104,7 +120,7 @@ def _in_child(descriptor: int, store: Path, work: Work) -> Iterator[str]:
         try:
             os.close(reading)
             _become_owner(descriptor)
-            _tell(writing, work(BundleStore(store), True))
+            _tell(writing, work(path, True))
             status = 0
         except (KeyboardInterrupt, BrokenPipeError):
             pass  # whoever has started us knows
@@ -125,7 +141,7 @@ def _in_child(descriptor: int, store: Path, work: Work) -> Iterator[str]:
         if not ended:
             os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
-    _check_end(last, os.waitstatus_to_exitcode(status))
+    _check_end(what, last, os.waitstatus_to_exitcode(status))
 
 
 def _become_owner(descriptor: int) -> None:
@@ -153,7 +169,7 @@ def _tell(writing: int, lines: Iterator[str]) -> None:
             send(_Message("settings", str(error)))
 
 
-def _check_end(last: _Message | None, status: int) -> None:
+def _check_end(what: str, last: _Message | None, status: int) -> None:
     """Raise what the process has told; that it ended well is believed only if it said so."""
     if last is not None and last.kind == "bundle":
         raise BundleError(last.text)
@@ -161,4 +177,4 @@ def _check_end(last: _Message | None, status: int) -> None:
         raise ConfigError(last.text)
     if last is None or last.kind != "done" or status != 0:
         how = how_it_ended(status)
-        raise ConfigError(f"the process that worked on the bundle store ended before it was done ({how})")
+        raise ConfigError(f"the process that worked on {what} ended before it was done ({how})")

@@ -11,6 +11,7 @@ ONNX Runtime session options used here: ``optimized_model_filepath`` and
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import mmap
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Final
 
@@ -57,29 +59,54 @@ _MADV_POPULATE_READ: Final = 22
 
 
 class _Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Written last: what the copy was made from, and the hashes of its files."""
+    """Written last: what the copy was made from, and the hashes of its files. Early ones say no ``digest``."""
 
     name: str
     target: str
     sha256: dict[str, str]
+    digest: str = ""
+
+
+class CopyInUse:
+    """Keeps a prepared copy from being tidied away by any process, as long as this object is there.
+
+    Args:
+        model_file: what ``prepared_graph`` has returned.
+    """
+
+    def __init__(self, model_file: Path) -> None:
+        # If it is gone, or cannot be locked, whoever loads it can do without.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(model_file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def prepared_dir(cache_dir: Path) -> Path:
+    """Where copies live, each in a folder of its own."""
+    return cache_dir / "prepared"
 
 
 def prepared_graph(bundle: Bundle, target: str, cache_dir: Path) -> Path:
     """Path of the prepared model of one graph; builds it first if it is missing, stale or damaged.
 
+    Building another one may tidy this one away, unless ``CopyInUse`` keeps it.
+
     Args:
         bundle: an opened bundle; the graph's own files are verified when a copy has to be built.
         target: which of its graphs.
-        cache_dir: where copies live; each has a folder of its own.
+        cache_dir: what ``prepared_dir`` is in.
 
     Raises:
         ProviderError: ONNX Runtime crashed or hung on this graph, or was killed, as it is when memory runs out. The
             same would happen to whatever process loads it: it must not be loaded at all.
         BundleError: the bundle's files are wrong, or the copy cannot be built; the message says why.
     """
-    folder = cache_dir / "prepared" / _key(bundle, target)
+    folder = prepared_dir(cache_dir) / _key(bundle, target)
     if folder.exists():
         if _intact(folder):
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                os.utime(folder)  # the last one used is what is kept
             return folder / MODEL_FILE
         _log.warning("the prepared copy is damaged and is built again", extra={"path": str(folder)})
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +142,7 @@ def _build(bundle: Bundle, target: str, folder: Path) -> None:
             _run_build(source, built)
             hashes = {name: _sync(built / name) for name in (MODEL_FILE, DATA_FILE)}
             seal = built / SEAL_FILE
-            seal.write_bytes(msgspec.json.encode(_Seal(bundle.manifest.name, target, hashes)))
+            seal.write_bytes(msgspec.json.encode(_Seal(bundle.manifest.name, target, hashes, bundle.digest)))
             _sync(seal)
             try:
                 built.rename(folder)
@@ -194,24 +221,59 @@ def _hash(path: Path) -> str:
 def _remove_stale(keep: Path, name: str, target: str) -> None:
     """Delete old copies of the same bundle and target but one, and what a killed build left behind.
 
-    The one is kept for going back to the previous bundle or onnxruntime.
+    The one is in use, or kept for going back to the previous bundle or onnxruntime.
     """
-    others = []
+    others: list[tuple[float, Path]] = []
     for folder in keep.parent.iterdir():
         # Another daemon may be tidying up here, too.
         with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
             if folder == keep:
                 continue
-            made_at = folder.stat().st_mtime
+            used_at = folder.stat().st_mtime
             if folder.name.startswith(".building-"):
-                if time.time() - made_at > BUILD_TIMEOUT_S:  # no build that old is still running
+                if time.time() - used_at > BUILD_TIMEOUT_S:  # no build that old is still running
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
             seal = msgspec.json.decode((folder / SEAL_FILE).read_bytes(), type=_Seal)
             if (seal.name, seal.target) == (name, target):
-                others.append((made_at, folder))
-    for _, folder in sorted(others)[:-1]:
-        shutil.rmtree(folder, ignore_errors=True)
+                others.append((used_at, folder))
+    in_use = False
+    for number, (_, folder) in enumerate(sorted(others), 1):
+        if number < len(others) or in_use:
+            with contextlib.suppress(OSError):
+                in_use |= not _remove_unused(folder)
+
+
+def remove_copies(folder: Path, digest: str) -> int:
+    """Delete the copies of a bundle but those in use; returns how many.
+
+    Args:
+        folder: ``prepared_dir``; need not exist.
+        digest: of the bundle.
+
+    Raises:
+        OSError: the folder cannot be read, or a copy not be deleted.
+    """
+    removed = 0
+    for copy in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, msgspec.MsgspecError, UnicodeDecodeError):
+            seal = msgspec.json.decode((copy / SEAL_FILE).read_bytes(), type=_Seal)
+            if seal.digest == digest:
+                removed += _remove_unused(copy)
+    return removed
+
+
+def _remove_unused(folder: Path) -> bool:
+    """Delete a copy, unless a process uses it: then False. Raises ``OSError``."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _write_copy(source: Path, folder: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from edge_llm.bundle.manifest import MANIFEST_FILE
+from edge_llm.bundle.manifest import MANIFEST_FILE, Bundle
 from edge_llm.bundle.store import BundleStore
 from edge_llm.config import bundle_store_dir
 from edge_llm.errors import BundleNotFoundError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edge_llm.config import Config
 
 SHIPPED_NAME: Final = "vehicle-gpt2-int8"
@@ -28,6 +30,11 @@ def bundle_folder(config: Config) -> Path:
     store = BundleStore(bundle_store_dir(config))
     current = store.selection().current
     return shipped_bundle() if current is None else store.path(current)
+
+
+def open_bundle(store: BundleStore, digest: str | None, keys: Sequence[str | Path] = ()) -> Bundle:
+    """An installed bundle; None is the one that comes with edge_llm. Raises as ``BundleStore.open`` does."""
+    return Bundle.open(shipped_bundle(), keys) if digest is None else store.open(digest, keys)
 
 
 def shipped_bundle() -> Path:

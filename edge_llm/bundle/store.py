@@ -4,10 +4,11 @@
     STORE/selection.json                which is current, which was before, which is wanted, and how each did
     STORE/starts.json                   starts of the current one that have not come to READY
     STORE/.incoming-*                   what an installation that is going on, or was killed, has written
-    STORE/.lock .install.lock .daemon.lock
+    STORE/.lock .install.lock .activate.lock .daemon.lock
 
 Both files are replaced as a whole, so a reader finds the old one or the new one. Whoever changes one holds ``.lock``.
-A daemon that follows the store holds ``.daemon.lock``, shared, as long as it lives.
+A command that installs or removes waits for ``.install.lock``; one that activates, or removes, has ``.activate.lock``
+or fails. A daemon that follows the store holds ``.daemon.lock``, shared, as long as it lives.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import msgspec
 from edge_llm.bundle.files import flush_to_disk, read_plain_file, replace_file
 from edge_llm.bundle.manifest import MANIFEST_FILE, Bundle, Sha256
 from edge_llm.errors import (
+    BundleDowngradeError,
     BundleError,
     BundleHealthError,
     BundleIntegrityError,
@@ -47,6 +49,7 @@ SELECTION_FILE: Final = "selection.json"
 STARTS_FILE: Final = "starts.json"
 INCOMING_PREFIX: Final = ".incoming-"
 INSTALL_LOCK: Final = ".install.lock"
+ACTIVATE_LOCK: Final = ".activate.lock"
 MAX_FAILED_STARTS: Final = 3
 _SELECTION_LOCK: Final = ".lock"
 _DAEMON_LOCK: Final = ".daemon.lock"
@@ -61,6 +64,7 @@ _KINDS: Final[dict[type[Exception], str]] = {
     ManifestError: "manifest",
     BundleNotFoundError: "missing",
     BundleHealthError: "health",
+    BundleDowngradeError: "downgrade",
     BundleError: "unsupported",
     MemoryPlanError: "memory",
     ConfigError: "settings",
@@ -331,11 +335,16 @@ class BundleStore:
     # -- locks --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold one of the store's locks; makes the store if need be. Raises ``OSError``."""
+    def locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold one of the store's locks; makes the store if need be.
+
+        Raises:
+            BlockingIOError: another process holds it, and is not waited for.
+            OSError: the store cannot be written.
+        """
         descriptor = self._open_lock(name)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         finally:
             os.close(descriptor)

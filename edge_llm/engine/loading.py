@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_llm.bundle.manifest import TOKENIZER_FILE
-from edge_llm.bundle.prepare import prepared_graph
+from edge_llm.bundle.prepare import CopyInUse, prepared_graph
 from edge_llm.bundle.tensorrt_engines import Progress, TensorrtEngines
 from edge_llm.config import cache_dir
 from edge_llm.device.cpu import use_cores
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edge_llm.bundle.manifest import Bundle, Graph, PromptTemplate
+    from edge_llm.bundle.manifest import Bundle, Expectation, Graph, PromptTemplate
     from edge_llm.config import Config
 
 _log = logging.getLogger(__name__)
 
 # Logits of one bundle differ by a few hundredths between processors; garbage differs by whole units.
-_NEAR_TIE: Final = 0.25
+NEAR_TIE: Final = 0.25
 # Of the self-test's decoding. The first might still find what its binding was made with.
 _TESTED_STEPS: Final = 2
 # Interpreter, libraries and buffers: 42 MB with a small bundle, 60 MB with a vocabulary of 50,000 (docs/benchmarks.md).
@@ -61,6 +61,7 @@ class LoadedModel:
         load_s: seconds to load the tokenizer and the graph, without preparing.
         domain: what a domain bundle may say and do; None for a model that just writes.
         fall_back: loads the model on the next provider that serves, for when this one fails; None on the last one.
+        copy_in_use: keeps the prepared copy on the disk.
     """
 
     bundle: Bundle
@@ -72,6 +73,7 @@ class LoadedModel:
     load_s: float
     domain: Domain | None = None
     fall_back: Callable[[], LoadedModel] | None = None
+    copy_in_use: CopyInUse | None = None
 
 
 def load_model(bundle: Bundle, config: Config, on_state: Callable[..., None] | None = None) -> LoadedModel:
@@ -148,7 +150,8 @@ def _load_candidate(bundle: Bundle, config: Config, candidate: Candidate, report
             _log.warning("no prepared copy, serving the bundle's own graph: %s", error)
         else:
             report("loading")
-            model = _load(bundle, config, candidate, graph_path, prepared=True)
+            copy_in_use = CopyInUse(graph_path)
+            model = replace(_load(bundle, config, candidate, graph_path, prepared=True), copy_in_use=copy_in_use)
             if _passes(model, candidate):
                 return model
             _log.warning("the prepared copy answers wrongly, serving the bundle's own graph: please report this")
@@ -230,24 +233,32 @@ def self_test(model: LoadedModel) -> bool:
 
     Processors add in different orders, so two close logits may swap; a wrong kernel or a damaged weight is far off.
     """
-    expectation = model.bundle.manifest.expectation
-    engine = model.engine
+    return all(distance < NEAR_TIE for distance in self_test_distances(model.engine, model.bundle.manifest.expectation))
+
+
+def self_test_distances(engine: Engine, expectation: Expectation) -> list[float]:
+    """How far each tested token's logit is below the best one: the first recorded token, and those of a few steps.
+
+    Args:
+        engine: with a free slot.
+        expectation: whose tokens go in, whatever the engine holds to be right.
+    """
     state = engine.start(expectation.prompt_token_ids, SamplingParams(), max_tokens=1)
     while not state.prefilled:
         engine.prefill(state)
-    right = _is_nearly_best(engine.runner.logits(0), expectation.token_ids[0])
+    distances = [_distance(engine.runner.logits(0), expectation.token_ids[0])]
     steps = min(_TESTED_STEPS, engine.max_seq_len - state.cached_len)
     # The recorded tokens go in, whatever was sampled: a domain's grammar or a stop token may have ended the answer.
     for token_id, following in itertools.pairwise(expectation.token_ids[: 1 + steps]):
         engine.runner.decode(state.slot, [token_id], [state.cached_len])
         state.cached_len += 1
-        right = right and _is_nearly_best(engine.runner.logits(0), following)
+        distances.append(_distance(engine.runner.logits(0), following))
     engine.release(state)
-    return right
+    return distances
 
 
-def _is_nearly_best(logits: NDArray[np.float32], token_id: int) -> bool:
-    return bool(logits.max() - logits[token_id] < _NEAR_TIE)
+def _distance(logits: NDArray[np.float32], token_id: int) -> float:
+    return float(logits.max() - logits[token_id])
 
 
 def _load(bundle: Bundle, config: Config, candidate: Candidate, graph_path: Path, *, prepared: bool) -> LoadedModel:

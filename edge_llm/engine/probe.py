@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from edge_llm import errors
+from edge_llm.bundle.downgrade import refuse_downgrade
 from edge_llm.bundle.manifest import Bundle
+from edge_llm.bundle.shipped import open_bundle
 from edge_llm.config import Config, cache_dir
 from edge_llm.device.child import CHILD_FOLDER, child_command, end_first_without_memory, how_it_ended
 from edge_llm.engine.loading import load_model
@@ -50,19 +52,21 @@ class _Report(msgspec.Struct, frozen=True):
     message: str
 
 
-def check_installed(store: BundleStore, digest: str, config: Config) -> Bundle:
-    """See that an installed bundle is what was installed, and answers its health prompt here.
+def check_bundle(store: BundleStore, digest: str | None, config: Config) -> Bundle:
+    """See that a bundle is what was installed, may follow what was served, and answers its health prompt here.
 
     Args:
         store: where it is.
-        digest: which.
+        digest: which; None is the one that comes with edge_llm.
         config: with the keys, the engine's settings, and the time limit.
 
     Raises:
         MemoryPlanError: there is no memory for it beside what runs now.
         BundleError, ConfigError: it cannot be served.
     """
-    bundle = store.open(digest, config.bundle_keys)
+    bundle = open_bundle(store, digest, config.bundle_keys)
+    if config.bundle_downgrade == "refuse":
+        refuse_downgrade(store, digest, bundle.manifest)
     bundle.verify()
     probe(bundle.path, config)
     return bundle

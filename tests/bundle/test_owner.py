@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_llm.bundle.owner import as_owner
+from edge_llm.bundle.prepare import prepared_graph
 from edge_llm.bundle.store import BundleStore, Health
 from edge_llm.bundle_command import activate_bundle, install_bundle, list_bundles, remove_bundle
 from edge_llm.config import Config
@@ -54,6 +55,19 @@ def test_a_bundle_is_installed_listed_and_removed_as_the_owner(state, source, mo
     assert remove_bundle(config, "tiny") == f"removed {digest[:12]}"
     assert os.geteuid() == 0
     assert Path.cwd() == source.parent
+
+
+@root_only
+def test_what_was_prepared_is_removed_as_the_owner(state, source, tmp_path):
+    config = Config(state_dir=str(state), cache_dir=str(tmp_path / "cache"))
+    digest, _ = install_bundle(config, source)
+    copy = prepared_graph(BundleStore(state / "bundles").open(digest), "cpu-int8", tmp_path / "cache")
+    # Another user's, below a folder that only root can enter, as with CacheDirectory=.
+    for path in (tmp_path / "cache", *(tmp_path / "cache").rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    tmp_path.chmod(0o700)
+    assert remove_bundle(config, "tiny") == f"removed {digest[:12]}, and what was prepared of it"
+    assert not copy.parent.exists()
 
 
 @root_only

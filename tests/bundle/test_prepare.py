@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,8 +11,10 @@ import pytest
 
 from edge_llm.bundle import prepare
 from edge_llm.bundle.manifest import Bundle
-from edge_llm.bundle.prepare import prepared_graph
+from edge_llm.bundle.prepare import CopyInUse, prepared_dir, prepared_graph, remove_copies
+from edge_llm.config import Config, EngineConfig
 from edge_llm.engine.engine import Engine
+from edge_llm.engine.loading import load_model
 from edge_llm.engine.runner import Runner
 from edge_llm.errors import BundleError, BundleIntegrityError, ProviderError
 
@@ -91,6 +96,70 @@ def test_one_earlier_copy_is_kept_to_go_back_to(bundle, tmp_path):
         for digit in "123"
     ]
     assert [copy.exists() for copy in copies] == [False, True, True]
+
+
+@pytest.fixture
+def prepare_as(bundle, tmp_path):
+    """Prepares the bundle as if its digest were a digit many times."""
+    return lambda digit: prepared_graph(
+        Bundle(bundle.path, bundle.manifest, digit * 64), "cpu-int8", tmp_path / "cache"
+    )
+
+
+def test_the_last_one_used_is_the_one_that_is_kept(prepare_as):
+    copies = [prepare_as(digit) for digit in "12"]
+    for copy, used_at_s in zip(copies, (100, 200), strict=True):
+        os.utime(copy.parent, (used_at_s, used_at_s))
+    prepare_as("1")
+    prepare_as("3")
+    assert [copy.exists() for copy in copies] == [True, False]
+
+
+def test_a_copy_in_use_is_the_one_that_is_kept(prepare_as):
+    served = prepare_as("1")
+    # By another process, as far as the lock can tell: one descriptor of a file knows nothing of the other.
+    in_use = CopyInUse(served)
+    second = prepare_as("2")
+    third = prepare_as("3")
+    assert [copy.exists() for copy in (served, second, third)] == [True, False, True]
+    del in_use
+    prepare_as("4")
+    assert [copy.exists() for copy in (served, third)] == [False, True]
+
+
+def test_a_loaded_model_keeps_its_copy(bundle, tmp_path, prepare_as):
+    config = Config(cache_dir=str(tmp_path / "cache"), engine=EngineConfig(threads=1, slots=1))
+    model = load_model(bundle, config)
+    (served,) = prepared_dir(tmp_path / "cache").iterdir()
+    for digit in "12":
+        prepare_as(digit)
+    assert model.prepared
+    assert served.exists()
+    assert remove_copies(prepared_dir(tmp_path / "cache"), bundle.digest) == 0
+    del model
+    gc.collect()
+    assert remove_copies(prepared_dir(tmp_path / "cache"), bundle.digest) == 1
+
+
+def test_the_copies_of_one_bundle_are_removed_and_no_others(bundle, tmp_path, monkeypatch):
+    folder = prepared_dir(tmp_path / "cache")
+    assert remove_copies(folder, bundle.digest) == 0
+    other = prepared_graph(Bundle(bundle.path, bundle.manifest, "0" * 64), "cpu-int8", tmp_path / "cache")
+    copies = [prepared_graph(bundle, target, tmp_path / "cache") for target in ("cpu-int8", "cpu-fp32")]
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / prepare.SEAL_FILE).write_bytes(b"{")
+    (folder / "a file").touch()
+    assert remove_copies(folder, bundle.digest) == 2
+    assert [copy.exists() for copy in (other, *copies)] == [True, False, False]
+
+
+def test_a_seal_without_a_digest_is_still_good(bundle, tmp_path, builds):
+    copy = prepared_graph(bundle, "cpu-int8", tmp_path / "cache")
+    seal = json.loads((copy.parent / prepare.SEAL_FILE).read_text())
+    del seal["digest"]
+    (copy.parent / prepare.SEAL_FILE).write_text(json.dumps(seal))
+    assert prepared_graph(bundle, "cpu-int8", tmp_path / "cache") == copy
+    assert len(builds) == 1
 
 
 def test_a_folder_that_vanishes_meanwhile_does_not_matter(bundle, tmp_path):

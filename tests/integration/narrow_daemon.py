@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from edge_llm import cli, updating
-from edge_llm.engine.probe import check_installed
+from edge_llm.engine.probe import check_bundle
 from edge_llm.errors import MemoryPlanError
 
 refused: set[str] = set()
@@ -20,9 +20,9 @@ def check(store: Any, digest: str, config: Any) -> Any:
         refused.add(digest)
         raise MemoryPlanError("there is no memory for two")
     refused.discard(digest)
-    return check_installed(store, digest, config)
+    return check_bundle(store, digest, config)
 
 
 if __name__ == "__main__":
-    updating.check_installed = check
+    updating.check_bundle = check
     sys.exit(cli.main())
