@@ -167,6 +167,7 @@ class GrammarState:
             self._next -= {grammar.ids[kind_token("command")]}
         self._node: TrieNode | None = None
         self._action: Action | None = None
+        self._is_text = False  # of the slot that is being filled
         self._groups: list[tuple[str, ...]] = []  # slots still to come; of a group exactly one
         self._actions_left = grammar.schema.max_actions
         self.in_text = False
@@ -179,6 +180,11 @@ class GrammarState:
             return self._next
         after = self._after_slots() if self._node.is_end else frozenset()
         return after | self._node.children.keys()
+
+    @property
+    def copies(self) -> bool:
+        """Whether the next token belongs to a text slot, whose words can only be the user's own."""
+        return self._node is not None and self._is_text
 
     def advance(self, token_id: int) -> None:
         """Take the chosen token, one of ``allowed``."""
@@ -199,6 +205,7 @@ class GrammarState:
         elif token_id in grammar.slots and self._action is not None:
             name = grammar.slots[token_id]
             self._groups = [group for group in self._groups if name not in group]
+            self._is_text = isinstance(self._action.slots[name], TextSlot)
             self._node = grammar.trie(self._action, name, self._prompt_ids)
         elif grammar.kinds.get(token_id) == "command":
             self._next = self._possible

@@ -38,7 +38,8 @@ class DomainSampler(Sampler):
         self._grammar = grammar
         self._prompt_ids = prompt_ids
         self._constrained = constrained
-        # One for each token before the text, in order: the probability that the model itself gave it.
+        # One for each token before the text, in order: the probability that the model itself gave it; for a word of a
+        # text slot, among the words that could be copied there.
         self.probabilities: list[float] = []
 
     @cached_property
@@ -56,12 +57,16 @@ class DomainSampler(Sampler):
         if self._state.in_text:
             return super().sample(logits)
         allowed = self._state.allowed()
+        choices = logits
         if allowed is None or not self._constrained:
             token_id = int(logits.argmax())
         else:
             ids = np.fromiter(allowed, np.int64, len(allowed))
             token_id = int(ids[logits[ids].argmax()])
-        self.probabilities.append(_probability(logits, token_id))
+            if self._state.copies:
+                # Which of the user's words it is: what else could be written there says nothing about that.
+                choices = logits[ids]
+        self.probabilities.append(_probability(choices, float(logits[token_id])))
         if allowed is None or token_id in allowed:
             self._state.advance(token_id)
         else:
@@ -70,6 +75,7 @@ class DomainSampler(Sampler):
         return token_id
 
 
-def _probability(logits: NDArray[np.float32], token_id: int) -> float:
-    shifted = logits.astype(np.float64) - float(logits[token_id])
+def _probability(choices: NDArray[np.float32], chosen: float) -> float:
+    """The softmax of one of the logits ``choices (n,)``."""
+    shifted = choices.astype(np.float64) - chosen
     return float(1.0 / np.exp(np.minimum(shifted, 700.0)).sum())

@@ -92,6 +92,16 @@ def test_an_answer_finds_how_sure_the_model_was():
     assert found.actions[0].confidence == 0.5
 
 
+def test_a_copied_word_is_judged_among_those_that_can_be_copied():
+    sampler = greedy_sampler("to the coast")
+    write(sampler, {"<|command|>": 99.0}, {"<|action go.to|>": 99.0}, {"<|slot place|>": 99.0}, {" ": 1.0, "R": 9.0})
+    # "to", "the" or "coast": t twice, c once; that nobody said Rome is known.
+    write(sampler, {"R": 9.0, "c": np.log(3), "t": 0.0})
+    assert sampler.probabilities[-2:] == pytest.approx([1.0, 0.75])
+    write(sampler, {"R": 9.0, "o": 1.0}, {"a": 1.0}, {"s": 1.0}, {"t": 1.0})
+    assert sampler.probabilities[-4:] == pytest.approx([1.0] * 4)
+
+
 def test_extreme_logits_have_a_probability_too():
     sampler = greedy_sampler("hi")
     write(sampler, {"H": 3e38, "<|fact|>": -3e38, "<|command|>": -3e38, "<|refusal|>": -3e38, "<|chat|>": -1e38})
