@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -186,4 +187,5 @@ def check_drop_in(text: str) -> None:
     keys = ("ExecStart=", "TimeoutStopSec=", "MemoryMax=", "AllowedCPUs=", "CPUQuota=", "SupplementaryGroups=")
     for line in text.split("\n"):
         is_known = not line or line == "[Service]" or line.startswith(("#", *keys, "IPAddressDeny=", "IPAddressAllow="))
+        is_known = is_known or re.fullmatch(r"ReadWritePaths=(/[\w.@+,=-]+)+", line) is not None
         require(is_known and "\r" not in line, f"the drop-in says {line!r}")

@@ -226,6 +226,7 @@ def test_a_pack_without_held_out_lines_cannot_be_judged(
     changes = {stem: cut_held_out(text) for stem, text in without.items()}
     folder = write_pack(tmp_path / "other", **changes)
     (folder / "held_out" / "more.toml").unlink()
+    (folder / "blind" / "others.toml").unlink()
     assert distill(pack=folder) == 2
     assert "has no held-out lines to judge the student by" in capsys.readouterr().err
 
