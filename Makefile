@@ -9,6 +9,9 @@ BUNDLE ?= $(if $(filter vehicle,$(MODEL)),$(SHIPPED_BUNDLE),.cache/bundles/$(CHE
 VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
+# Many tests wait for a daemon or a broker, so more run at a time than there are cores; files stay together.
+WORKERS ?= 3
+IN_PARALLEL := -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo setup check test test-oldest vehicle-bundle offline-kit format clean
@@ -29,16 +32,16 @@ check: $(VENV)/.dev-done
 
 ## test: the whole suite, against a real mosquitto
 test: $(VENV)/.dev-done mosquitto
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 ## test-oldest: the runtime's own tests on the oldest versions that it allows
 test-oldest: $(OLDEST)/.done mosquitto
-	$(OLDEST)/bin/python -m pytest -q $(addprefix tests/,bundle cache device domain engine mqtt serving)
+	$(OLDEST)/bin/python -m pytest -q $(IN_PARALLEL) $(addprefix tests/,bundle cache device domain engine mqtt serving)
 
 $(OLDEST)/.done: pyproject.toml constraints-oldest.txt
 	@$(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -q install -c constraints-oldest.txt -e '.[cpu,demo]' \
-		'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+		'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.5' 'hypothesis>=6.100'
 	@touch $@
 
 ## vehicle-bundle: distil the vehicle pack anew; hours on two cores, but it goes on where it was stopped
