@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = _command(commands, "doctor", _doctor, "check machine, providers, bundle, broker; exit 1 if one fails")
     doctor.add_argument("--json", action="store_true")
     doctor.add_argument("--device-configs", action="store_true", help="check every device file, and nothing else")
+    doctor.add_argument("--no-build", action="store_true", help="build no TensorRT engines, which takes minutes")
 
     verify = _command(commands, "verify", _verify, "check every file of a bundle, and its signature; exit 1 if not")
     verify.add_argument(
@@ -262,7 +263,7 @@ def _doctor(args: argparse.Namespace) -> int:
     config = settings(args)
     configure_logging("error", "text")
     checks = []
-    for check in check_device_files() if args.device_configs else run_doctor(config):
+    for check in check_device_files() if args.device_configs else run_doctor(config, build=not args.no_build):
         checks.append(check)
         if not args.json:
             print(format_check(check), flush=True)

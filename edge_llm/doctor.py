@@ -14,18 +14,20 @@ import onnxruntime as ort
 
 from edge_llm import __version__
 from edge_llm.bundle.manifest import Bundle
+from edge_llm.bundle.prepare import BUILD_TIMEOUT_S
 from edge_llm.bundle.shipped import bundle_folder
+from edge_llm.bundle.tensorrt_engines import PROGRESS_S
 from edge_llm.cache_command import recent_finding
 from edge_llm.config import load_config
 from edge_llm.device.board import detect_board
 from edge_llm.device.cpu import has_int8_dot_product, physical_cores
 from edge_llm.device.energy import find_meter
 from edge_llm.device.memory import available_memory
-from edge_llm.device.power import nvpmodel_mode, read_power
+from edge_llm.device.power import nvpmodel_mode, nvpmodel_modes, read_power
 from edge_llm.device.profile import device_layer, device_names
 from edge_llm.device.session import CPU
 from edge_llm.engine.loading import load_model
-from edge_llm.errors import BundleNotFoundError, EdgeLlmError
+from edge_llm.errors import BundleNotFoundError, EdgeLlmError, ProviderError
 from edge_llm.mqtt.asking import Asker
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 BROKER_TIMEOUT_S: Final = 3.0
 _NAME_WIDTH: Final = 16
+_PROGRESS_LINE_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,13 @@ class Check:
     detail: str
 
 
-def run_doctor(config: Config) -> Iterator[Check]:
-    """Yield each check as it is done; the slow ones (hashes, loading) come last."""
+def run_doctor(config: Config, *, build: bool = True) -> Iterator[Check]:
+    """Yield each check as it is done; the slow ones (hashes, loading) come last.
+
+    Args:
+        config: the settings.
+        build: whether TensorRT engines that are missing are built, which is said on stderr before it begins.
+    """
     yield Check("edge-llm", True, f"{__version__}, Python {platform.python_version()}, numpy {np.__version__}")
     yield Check("machine", True, f"{platform.machine()}, {physical_cores()} physical cores, {_memory()}")
     yield _board(config)
@@ -62,7 +70,7 @@ def run_doctor(config: Config) -> Iterator[Check]:
         yield Check("bundle", False, str(error))
         return
     yield _guarded("bundle", lambda: _bundle(folder, config))
-    yield _guarded("answer", lambda: _answer(folder, config))
+    yield _guarded("answer", lambda: _answer(folder, config, build=build))
 
 
 def check_device_files() -> Iterator[Check]:
@@ -105,9 +113,18 @@ def _power(config: Config) -> Check:
     if mode is not None:
         details.append(f"power mode {mode}")
     if wanted is not None and mode is not None and mode != wanted:
-        details.append(f"the device file is meant for {wanted} (sudo nvpmodel -m, or set power.nvpmodel)")
+        details.append(_other_mode(wanted, nvpmodel_modes()))
         return Check("power", None, ", ".join(details))
     return Check("power", None if power.throttled else True, ", ".join(details))
+
+
+def _other_mode(wanted: str, modes: dict[int, str]) -> str:
+    """What to do where the device file is meant for another power mode, which a smaller module may not have."""
+    if modes and wanted not in modes.values():
+        there = ", ".join(modes.values())
+        return f"{wanted}, which the device file is meant for, is none of this board's: {there} (set power.nvpmodel)"
+    number = "".join(f" {number}" for number, name in modes.items() if name == wanted)
+    return f"the device file is meant for {wanted} (sudo nvpmodel -m{number}, or set power.nvpmodel)"
 
 
 def _device_file(name: str) -> str:
@@ -179,11 +196,30 @@ def _bundle(folder: str, config: Config) -> str:
     )
 
 
-def _answer(folder: str, config: Config) -> str:
-    model = load_model(Bundle.open(folder, config.bundle_keys), config)
+def _answer(folder: str, config: Config, *, build: bool) -> str:
+    model = load_model(Bundle.open(folder, config.bundle_keys), config, _tell_build if build else _refuse_build)
     how = "prepared copy" if model.prepared else "the bundle's own graph"
     refused = "".join(f"; not {name}: {reason}" for name, reason in model.provider.refused.items())
     return (
         f"{model.provider.target} on {model.provider.name}, loaded in {model.load_s:.2f} s ({how}), and the first "
         f"token is the expected one{refused}"
     )
+
+
+def _tell_build(_state: str, *, elapsed_s: float | None = None, engines: int = 0, graphs: int = 0, **_: object) -> None:
+    """Nothing else of what ``load_model`` does takes minutes."""
+    if elapsed_s == 0:
+        print(
+            f"building TensorRT engines of {graphs} graph{'s' * (graphs > 1)}, which the next start finds: this takes "
+            f"minutes (how many was not measured on hardware; after {BUILD_TIMEOUT_S * graphs // 60} it is given up). "
+            "To skip it: Ctrl-C, and --no-build",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif elapsed_s is not None and elapsed_s % _PROGRESS_LINE_S < PROGRESS_S:
+        print(f"  {elapsed_s:.0f} s, {engines} of {graphs} engines", file=sys.stderr, flush=True)
+
+
+def _refuse_build(_state: str, *, elapsed_s: float | None = None, **_: object) -> None:
+    if elapsed_s is not None:
+        raise ProviderError("its engines are not built yet, and --no-build leaves that to the first start")

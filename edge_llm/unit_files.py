@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from edge_llm.device.session import CPU
+from edge_llm.device.providers import Candidate, candidates
+from edge_llm.device.session import CPU, CPU_PROVIDER
 from edge_llm.engine.loading import memory_needs
-from edge_llm.errors import ConfigError
+from edge_llm.errors import ConfigError, ManifestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,7 +117,7 @@ def folders_elsewhere(config: Config) -> dict[str, str]:
 
 def memory_limit_bytes(bundle: Bundle, config: Config) -> int:
     """The most memory that the service may have: what it takes when all is full, or while it prepares, and more."""
-    needs = _largest_needs(bundle, config)
+    _, needs = _largest_needs(bundle, config)
     preparing = _PREPARE_COPIES * (needs["weights"] + needs["program"])
     largest = max(sum(needs.values()), preparing)
     return int(largest * _SLACK) + _SHARED_BYTES + (_CUDA_BYTES if uses_gpu(config) else 0)
@@ -143,23 +144,30 @@ def _read_write(folder: str) -> str:
     return f"ReadWritePaths={folder}"
 
 
-def _largest_needs(bundle: Bundle, config: Config) -> dict[str, int]:
-    """Those of the graph that takes the most, of all that the settings may choose."""
-    engine = config.engine
-    wanted = {target for name in engine.providers for target in engine.targets.get(name, ())}
-    if engine.target is not None:
-        wanted = {engine.target}
-    graphs = bundle.manifest.graphs
+def _largest_needs(bundle: Bundle, config: Config) -> tuple[str, dict[str, int]]:
+    """What takes the most of all that ``serve`` may try, and its needs: a provider that fails gives way to the next.
+
+    An image may be for another machine, and onnxruntime-gpu may be installed later: each provider counts as there.
+    """
+    engine, manifest = config.engine, bundle.manifest
+    try:
+        tried = list(candidates(engine, manifest, {}, available=engine.providers))
+    except ManifestError:
+        tried = []
     # If they can choose none, the daemon will say so.
-    chosen = [graph for graph in graphs if graph.target in wanted] or graphs
-    return max((memory_needs(bundle, config, graph) for graph in chosen), key=lambda needs: sum(needs.values()))
+    chosen = tried or [Candidate(CPU_PROVIDER, graph) for graph in manifest.graphs]
+    needs = {str(one): memory_needs(bundle, config, one.graph, one.provider.name) for one in chosen}
+    return max(needs.items(), key=lambda item: sum(item[1].values()))
 
 
 def _memory_lines(machine: Machine) -> list[str]:
-    needs = _largest_needs(machine.bundle, machine.config)
+    largest, needs = _largest_needs(machine.bundle, machine.config)
     terms = " + ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in needs.items())
     limit = math.ceil(memory_limit_bytes(machine.bundle, machine.config) / (1 << 20))
-    return [f"# {terms} MB; a quarter more, and what is shared or needed to prepare.", f"MemoryMax={limit}M"]
+    return [
+        f"# {largest}: {terms} MB; a quarter more, and what is shared or needed to prepare.",
+        f"MemoryMax={limit}M",
+    ]
 
 
 def _cpu_lines(config: Config) -> list[str]:

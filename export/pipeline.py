@@ -46,6 +46,7 @@ from export.verify import (
     read_text_tokens,
     text_windows,
 )
+from export.verify_expectation import settle_expectations
 from export.verify_float16 import check_activations, compare_greedy
 from export.verify_static import UNTESTED_NOTE, static_paths
 from export.vocabulary import trim_checkpoint, trim_vocabulary
@@ -178,6 +179,8 @@ def export_checkpoint(checkpoint: Checkpoint, options: ExportOptions) -> Manifes
             (folder / CARD_FILE).write_text(options.domain.card, encoding="utf-8")
         (folder / QUALITY_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         manifest = _manifest(checkpoint, options, dims, prompt, quality, expectation, folder)
+        differences = {entry["target"]: entry["max_logit_difference"] for entry in report["graphs"]}
+        manifest = settle_expectations(folder, manifest, differences)
         if options.ship_prefix:
             manifest = add_prefix_files(folder, manifest)
         publish(folder, options.out.absolute(), manifest)

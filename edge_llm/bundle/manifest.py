@@ -77,7 +77,8 @@ class Graph(_Strict, frozen=True, omit_defaults=True):
     """One exported form of the model (edge_llm/bundle/graph_io.py describes each ``form``).
 
     A static form has two graphs over one data file: ``file`` decodes, ``prefill_file`` takes ``prefill_chunk`` tokens.
-    ``prefix_file`` is the KV of the shared head of its prompts, if it is shipped.
+    ``prefix_file`` is the KV of the shared head of its prompts, if it is shipped. ``expectation`` takes the place of
+    the manifest's where its weights are so much coarser or finer that it rightly generates other tokens.
     """
 
     target: str
@@ -93,6 +94,7 @@ class Graph(_Strict, frozen=True, omit_defaults=True):
     form: Literal["gqa", "scatter", "primitive"] = "gqa"
     prefill_file: str | None = None
     prefill_chunk: PositiveInt | None = None
+    expectation: Expectation | None = None
 
     @property
     def is_static(self) -> bool:
@@ -332,7 +334,9 @@ def _check_consistency(manifest: Manifest) -> None:
     model = manifest.model
     if model.num_heads % model.num_kv_heads:
         raise ManifestError(f"num_heads {model.num_heads} is not a multiple of num_kv_heads {model.num_kv_heads}")
-    ids = (*manifest.prompt.stop_token_ids, *manifest.expectation.prompt_token_ids, *manifest.expectation.token_ids)
+    expectations = [manifest.expectation, *filter(None, (graph.expectation for graph in manifest.graphs))]
+    recorded = [token_id for one in expectations for token_id in (*one.prompt_token_ids, *one.token_ids)]
+    ids = (*manifest.prompt.stop_token_ids, *recorded)
     if any(token_id >= model.vocab_size for token_id in ids):
         raise ManifestError(f"manifest.json holds a token id outside the vocabulary of {model.vocab_size}")
 

@@ -49,6 +49,7 @@ _FAILED_STATUS: Final = 3
 _COMMAND: Final = tuple(child_command("edge_llm.bundle.tensorrt_engines"))
 # These follow from the settings' cache_dir.
 _OWN_PATHS: Final = ("trt_engine_cache_path", "trt_timing_cache_path", "trt_ep_context_file_path")
+_DUMP_CONTEXT: Final = "trt_dump_ep_context_model"
 _PREFIX: Final = "trt_engine_cache_prefix"
 # Below _ROOT: which board it is, its release of Jetson Linux, and the GPU's driver. Each machine has some of them.
 _ROOT = Path("/")
@@ -100,7 +101,7 @@ class TensorrtEngines:
         provider: the same with its paths, for the session that is to find what is kept.
 
     Raises:
-        ConfigError: the options name a path.
+        ConfigError: the options name a path, or ask for what would not be used.
     """
 
     def __init__(self, bundle: Bundle, graph: Graph, provider: Provider, cache_dir: Path) -> None:
@@ -113,11 +114,7 @@ class TensorrtEngines:
         self._graphs = [bundle.path / name for name in graphs]
         self._kept = _is_on(options, "trt_engine_cache_enable")
         options["trt_timing_cache_path"] = str(self._folder)
-        if _is_on(options, "trt_dump_ep_context_model"):
-            # Engines then go beside the context model; the provider takes no whole path for them.
-            options["trt_ep_context_file_path"] = str(self._folder)
-        else:
-            options["trt_engine_cache_path"] = str(self._folder)
+        options["trt_engine_cache_path"] = str(self._folder)
         self.provider = Provider(provider.name, options)
         # When the seal was written of what was found whole, and of what is not to be used again.
         self._found_ns: int | None = None
@@ -127,7 +124,8 @@ class TensorrtEngines:
         """See that the engines are there and whole. True if they have been built just now.
 
         Args:
-            on_progress: told at the beginning of a build, and every few seconds until it ends.
+            on_progress: told before a build begins, which it may prevent by a ``ProviderError``, and every few seconds
+                until it ends.
 
         Raises:
             ProviderError: they cannot be built; the message says why.
@@ -166,6 +164,8 @@ class TensorrtEngines:
             yield
 
     def _build_anew(self, on_progress: OnProgress) -> None:
+        # Before anything is removed: whoever is told may refuse.
+        on_progress(Progress(0.0, 0, len(self._graphs)))
         shutil.rmtree(self._folder, ignore_errors=True)
         _log.info("building TensorRT engines, which takes minutes", extra={"path": str(self._folder)})
         started = time.monotonic()
@@ -221,11 +221,11 @@ class TensorrtEngines:
                 while True:
                     if time.monotonic() - started > limit_s:
                         raise ProviderError(f"building its engines did not end within {limit_s} s")
-                    self._tell(on_progress, started)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         _, errors = process.communicate(request, timeout=PROGRESS_S)
                         break
                     request = None  # it has been taken
+                    self._tell(on_progress, started)
             finally:
                 # A stop of the daemon does not wait for a build.
                 process.kill()
@@ -243,6 +243,11 @@ def _check_options(provider: Provider) -> None:
             raise ConfigError(
                 f"engine.provider_options.{TENSORRT}.{name}: leave it out, engines are kept under cache_dir"
             )
+    if _is_on(provider.options, _DUMP_CONTEXT):
+        raise ConfigError(
+            f"engine.provider_options.{TENSORRT}.{_DUMP_CONTEXT}: leave it out, a context model would not be used: the "
+            "engines that are kept are loaded with the bundle's own graph"
+        )
     if Path(provider.options.get(_PREFIX, "")).name != provider.options.get(_PREFIX, ""):
         raise ConfigError(f"engine.provider_options.{TENSORRT}.{_PREFIX}: a name, not a path")
 

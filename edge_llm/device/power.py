@@ -75,12 +75,17 @@ def nvpmodel_mode(root: Path = ROOT) -> str | None:
     status = re.search(r"pmode:(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
     if status is None:
         return None
-    try:
-        known = _NVPMODEL_NAME.findall((root / "etc/nvpmodel.conf").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        known = []
     number = int(status[1])
-    return next((name for mode, name in known if int(mode) == number), f"mode {number}")
+    return nvpmodel_modes(root).get(number, f"mode {number}")
+
+
+def nvpmodel_modes(root: Path = ROOT) -> dict[int, str]:
+    """The names of a Jetson's power modes by their numbers: modules of one family differ. Empty on other boards."""
+    try:
+        text = (root / "etc/nvpmodel.conf").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    return {int(number): name for number, name in _NVPMODEL_NAME.findall(text)}
 
 
 class PowerMonitor:

@@ -12,7 +12,7 @@ from edge_llm.device.session import CPU, Provider
 from edge_llm.errors import ManifestError, ProviderError, UnsupportedBundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from edge_llm.bundle.manifest import Graph, Manifest
     from edge_llm.config import EngineConfig
@@ -40,20 +40,24 @@ class Candidate(NamedTuple):
         return f"the {self.graph.target} graph on {self.provider.name}"
 
 
-def candidates(config: EngineConfig, manifest: Manifest, refused: dict[str, str]) -> Iterator[Candidate]:
+def candidates(
+    config: EngineConfig, manifest: Manifest, refused: dict[str, str], available: Sequence[str] | None = None
+) -> Iterator[Candidate]:
     """What to try, in order; a provider that cannot be tried at all is entered in ``refused`` when its turn comes.
 
     Args:
         config: the providers, their graphs and options.
         manifest: the bundle's.
         refused: provider names and reasons.
+        available: the providers that there are; None asks this machine's onnxruntime.
 
     Raises:
         ManifestError: ``config.target`` names a graph that the bundle lacks.
     """
     if config.target is not None:
         manifest.graph(config.target)
-    available = ort.get_available_providers()
+    if available is None:
+        available = ort.get_available_providers()
     there = {graph.target: graph for graph in manifest.graphs}
     for provider in config.providers:
         if provider not in available:

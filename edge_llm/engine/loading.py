@@ -229,11 +229,13 @@ def _passes(model: LoadedModel, candidate: Candidate) -> bool:
 
 
 def self_test(model: LoadedModel) -> bool:
-    """Whether the manifest's expectation comes out: its first tokens are the most likely ones, or nearly so.
+    """Whether what was recorded for its graph comes out: the first tokens are the most likely ones, or nearly so.
 
     Processors add in different orders, so two close logits may swap; a wrong kernel or a damaged weight is far off.
     """
-    return all(distance < NEAR_TIE for distance in self_test_distances(model.engine, model.bundle.manifest.expectation))
+    manifest = model.bundle.manifest
+    expectation = manifest.graph(model.provider.target).expectation or manifest.expectation
+    return all(distance < NEAR_TIE for distance in self_test_distances(model.engine, expectation))
 
 
 def self_test_distances(engine: Engine, expectation: Expectation) -> list[float]:

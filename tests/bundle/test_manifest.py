@@ -91,6 +91,12 @@ def test_what_is_no_bundle_says_so(tmp_path, name):
         (changed(files=[]), "files"),
         (changed(model=json.loads(RAW)["model"] | {"num_kv_heads": 3}), "not a multiple of num_kv_heads"),
         (changed(prompt=json.loads(RAW)["prompt"] | {"stop_token_ids": [512]}), "outside the vocabulary"),
+        (
+            changed(
+                graphs=[json.loads(RAW)["graphs"][0] | {"expectation": {"prompt_token_ids": [1], "token_ids": [512]}}]
+            ),
+            "outside the vocabulary",
+        ),
         (changed(files=json.loads(RAW)["files"][1:]), "does not list it"),
         (changed(files=json.loads(RAW)["files"] * 2), "twice"),
     ],

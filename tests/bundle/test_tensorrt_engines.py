@@ -237,17 +237,32 @@ def test_the_process_itself_says_why_it_failed(tmp_path, monkeypatch):
 
 def test_the_options_that_the_program_sets_are_known(tmp_path):
     known = set(json.loads(OPTIONS_FILE.read_text())[TENSORRT])
-    for options in (OPTIONS, {**OPTIONS, "trt_dump_ep_context_model": "1"}):
-        assert set(engines(tmp_path, options).provider.options) <= known
+    assert set(engines(tmp_path).provider.options) <= known
 
 
 def test_everything_that_is_written_lies_under_the_cache_folder(tmp_path):
     options = engines(tmp_path).provider.options
     assert {options["trt_engine_cache_path"], options["trt_timing_cache_path"]} == {str(folder_of(engines(tmp_path)))}
-    context = engines(tmp_path, {**OPTIONS, "trt_dump_ep_context_model": "1"}).provider.options
-    assert Path(context["trt_ep_context_file_path"]).parent == tmp_path / "tensorrt"
-    # Beside the context model: ONNX Runtime takes only a relative path then.
-    assert "trt_engine_cache_path" not in context
+
+
+def test_a_context_model_that_nothing_would_load_is_not_written(tmp_path):
+    assert "trt_dump_ep_context_model" not in engines(tmp_path).provider.options
+    engines(tmp_path, {"trt_dump_ep_context_model": "0"})
+    with pytest.raises(ConfigError, match="trt_dump_ep_context_model: leave it out, a context model would not be used"):
+        engines(tmp_path, {"trt_dump_ep_context_model": "1"})
+
+
+def test_who_is_told_of_a_build_may_prevent_it(builder, tmp_path):
+    builder(FAST_BUILDER)
+
+    def refuse(_progress: Progress) -> None:
+        raise ProviderError("not now")
+
+    one = engines(tmp_path)
+    with pytest.raises(ProviderError, match="not now"):
+        one.prepare(refuse)
+    assert not folder_of(one).exists()
+    assert one.prepare(ignore)
 
 
 @pytest.mark.parametrize("name", ["trt_engine_cache_path", "trt_timing_cache_path", "trt_ep_context_file_path"])

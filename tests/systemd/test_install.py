@@ -11,6 +11,7 @@ import pytest
 from edge_llm import cli
 from edge_llm.bundle.manifest import Bundle
 from edge_llm.config import Config, EngineConfig, MqttConfig, load_config, read_toml
+from edge_llm.device.session import CPU, CUDA
 from edge_llm.engine.loading import memory_needs
 from edge_llm.unit_files import Machine, drop_in_text, is_loopback, memory_limit_bytes, quoted, unit_text
 from tests.bundle.test_signature import copy, key, public, signed  # noqa: F401 - fixtures
@@ -268,6 +269,37 @@ def test_the_memory_limit_holds_what_the_bundle_needs():
     assert memory_limit_bytes(bundle, small) < memory_limit_bytes(bundle, large)
     for graph in bundle.manifest.graphs:
         assert sum(memory_needs(bundle, large, graph).values()) < memory_limit_bytes(bundle, large)
+
+
+def memory_comment(engine: EngineConfig) -> str:
+    text = drop_in_text(Machine(("/bin/x",), Config(engine=engine), Bundle.open(TINY_BUNDLE)))
+    return next(line for line in text.splitlines() if "prefix cache" in line)
+
+
+def test_memory_is_planned_for_the_graph_and_the_provider_that_the_board_would_use():
+    """On a machine whose onnxruntime has no CUDA, as where an image is made."""
+    targets = {CUDA: ("cpu-fp32",), CPU: ("cpu-int8",)}
+    own, both = (EngineConfig(providers=names, targets=targets, context=32) for names in ((CPU,), (CUDA, CPU)))
+    bundle = Bundle.open(TINY_BUNDLE)
+    positions = bundle.manifest.model.max_seq_len
+    assert positions > 32
+    assert "# the cpu-int8 graph on CPUExecutionProvider: weights " in memory_comment(own)
+    assert "slots of 32 tokens" in memory_comment(own)
+    # The device takes the graph's whole cache; its memory is the board's.
+    assert "# the cpu-fp32 graph on CUDAExecutionProvider: weights " in memory_comment(both)
+    assert f"slots of {positions} tokens" in memory_comment(both)
+    needs = sum(memory_needs(bundle, Config(engine=both), bundle.manifest.graph("cpu-fp32"), CUDA).values())
+    assert needs < memory_limit_bytes(bundle, Config(engine=both))
+
+
+def test_memory_is_planned_for_the_provider_that_comes_when_the_first_one_fails():
+    slots = {"slots": 64, "targets": {CUDA: ("cpu-int8",), CPU: ("cpu-fp32",)}}
+    assert "the cpu-fp32 graph on CPU" in memory_comment(EngineConfig(providers=(CUDA, CPU), **slots))
+
+
+def test_without_a_graph_to_choose_the_largest_is_planned_for():
+    for engine in (EngineConfig(target="cuda"), EngineConfig(providers=(CUDA,), targets={CUDA: ("cuda",)})):
+        assert "the cpu-fp32 graph on CPU" in memory_comment(engine)
 
 
 def test_the_processors_of_affinity_are_those_of_the_service():
