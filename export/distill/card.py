@@ -24,6 +24,11 @@ def model_card(pack: Pack, name: str, teacher: Checkpoint, options: DistilOption
         if options.teacher_settings is not None
         else "It learnt from the examples alone; the teacher lent its tokenizer and its token embeddings."
     )
+    start = (
+        "It went on from the weights of an earlier student; the steps are those since then. "
+        if options.start_from is not None
+        else ""
+    )
     return f"""---
 license: {pack.license.lower()}
 language: en
@@ -46,7 +51,7 @@ punctuation, fillers and slips varied. No recorded speech and no user's words we
 {teacher.source}, licence {teacher.license}. {taught}
 
 ## Recipe
-{settings.steps} steps of {settings.batch_tokens} tokens, {_optimizer(settings)}, with warm-up
+{start}{settings.steps} steps of {settings.batch_tokens} tokens, {_optimizer(settings)}, with warm-up
 and cosine decay, weights averaged, vocabulary trimmed to {options.vocabulary} tokens, dropout {options.dropout:g}.
 
 ## Figures

@@ -108,6 +108,8 @@ def test_a_student_goes_on_after_the_pack_was_changed(
         assert distill(*flags, "--steps", "20", "--work", str(work), out=f"{name}-bundle", pack=grown) == 0
         losses[name] = float((work / "student" / "loss.csv").read_text().splitlines()[1].split(",")[1])
     assert losses["on"] < 0.8 * losses["anew"]
+    cards = [(tmp_path / f"{name}-bundle" / "README.md").read_text() for name in losses]
+    assert ["the weights of an earlier student" in card for card in cards] == [False, True]
     # The checkpoint of the one is not one of the other.
     capsys.readouterr()
     assert distill("--steps", "20", "--work", str(tmp_path / "on"), out="mixed", pack=grown) == 2
