@@ -276,7 +276,8 @@ def _ask_daemon(store: BundleStore, config: Config, digest: str | None) -> None:
                 "see its log, and whether the disk is full"
             )
         time.sleep(_POLL_S)
-    selection = store.selection()
+    # With the lock held: the daemon has then brought it to the disk, and announces it at once.
+    selection = store.update(lambda selection: selection)
     health = None if digest is None else selection.health.get(digest)
     if health is not None and not health.ok:
         raise BundleError(health.detail)

@@ -214,6 +214,8 @@ def _check_owners(config: Config, installation: Installation) -> None:
     """See that folders which systemd does not make for the service are there, and somebody's."""
     for setting, folder in folders_elsewhere(config).items():
         try:
+            if setting == "bundle_store" and installation.below_root(Path(folder)).is_dir():
+                continue  # root's own: the daemon reads it, and root alone changes it
             is_roots = installation.below_root(Path(folder)).stat().st_uid == 0
         except OSError:
             is_roots = True

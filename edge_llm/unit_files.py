@@ -25,8 +25,10 @@ UNIT: Final = "edge-llm.service"
 GPU_DROP_IN: Final = "edge-llm-gpu.conf"
 # DynamicUser= takes a user of the unit's name if there is one: only then can a folder be his before the service starts.
 SERVICE_USER: Final = "edge-llm"
-# StateDirectory= and CacheDirectory=, and where these are links to.
-_OWN_FOLDERS: Final = tuple(f"/var/{kind}/{name}edge-llm" for kind in ("lib", "cache") for name in ("", "private/"))
+# StateDirectory=, CacheDirectory= and RuntimeDirectory=, and where these are links to.
+_OWN_FOLDERS: Final = tuple(
+    f"/{kind}/{name}edge-llm" for kind in ("var/lib", "var/cache", "run") for name in ("", "private/")
+)
 # In the wheel they lie inside the package; in a checkout, beside it.
 _FOLDERS: Final = (Path(__file__).parent / "systemd", Path(__file__).parent.parent / "systemd")
 # The control group is charged for the pages of every library and file that it was the first to read, too.
@@ -107,7 +109,10 @@ def drop_in_text(machine: Machine) -> str:
 def folders_elsewhere(config: Config) -> dict[str, str]:
     """Folders that the daemon writes and systemd does not make for it, by the setting that names them."""
     named = {"cache_dir": config.cache_dir, "state_dir": config.state_dir, "bundle_store": config.bundle_store}
-    folders = {setting: os.path.normpath(folder) for setting, folder in named.items() if folder is not None}
+    # Two leading slashes, which normpath keeps, mean one here.
+    folders = {
+        setting: re.sub("^//", "/", os.path.normpath(folder)) for setting, folder in named.items() if folder is not None
+    }
     return {
         setting: folder
         for setting, folder in folders.items()
@@ -141,7 +146,8 @@ def _read_write(folder: str) -> str:
     # Nothing that systemd would read as more than a path (systemd.syntax(7)), and not all there is.
     if not re.fullmatch(r"(/[\w.@+,=-]+)+", folder, re.ASCII):
         raise ConfigError(f"{folder}: a folder of the service may have letters, digits and ._@+,=- in its name")
-    return f"ReadWritePaths={folder}"
+    # With the dash, the daemon starts without it, too, as when its disk is not mounted.
+    return f"ReadWritePaths=-{folder}"
 
 
 def _largest_needs(bundle: Bundle, config: Config) -> tuple[str, dict[str, int]]:

@@ -191,6 +191,8 @@ class Updater:
                 return
             attempt.alone = True
             attempt.give_up_at = None
+        # The old one may have to come back: what is prepared of it is not to be tidied away meanwhile.
+        _kept = served.model.copy_in_use
         self._node.pause(open_bundle(self._store, attempt.digest, self._config.bundle_keys), self._hurry)
         del served
         collect_garbage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,7 @@ class FakeNode:
         self.load_fails = {}
         self.gate = threading.Event()
         self.gate.set()
-        self.served = SimpleNamespace(bundle=bundle(OLD))
+        self.served = SimpleNamespace(bundle=bundle(OLD), model=SimpleNamespace(copy_in_use=None))
 
     def load(self, what, *, beside=False):
         self.done.append(("load beside" if beside else "load", what.digest[0]))
@@ -47,7 +48,7 @@ class FakeNode:
 
     def start(self, model):
         self.done.append(("start", model.bundle.digest[0]))
-        before, self.served = self.served, SimpleNamespace(bundle=model.bundle)
+        before, self.served = self.served, SimpleNamespace(bundle=model.bundle, model=SimpleNamespace(copy_in_use=None))
         return before
 
     def announce(self, update=None):
@@ -194,6 +195,20 @@ def test_without_memory_for_two_a_bad_one_gives_way_to_the_old_one(world):
     assert (selection.current, selection.previous, selection.wanted) == (OLD, None, None)
     assert selection.health[NEW].detail == "it answers wrongly"
     assert world.count("bundle_switches") == 0
+
+
+def test_what_is_prepared_of_the_old_one_is_kept_until_it_is_decided(world):
+    """The trial of the new one tidies away copies that nobody uses, and the old one may have to come back."""
+    in_use = SimpleNamespace()
+    world.node.served.model.copy_in_use = in_use
+    held, in_use = weakref.ref(in_use), None
+    found = []
+    load = world.node.load
+    world.node.load = lambda what, **how: (found.append(held() is not None), load(what, **how))[1]
+    world.probe_fails = [MemoryPlanError("this needs 2 GB"), BundleHealthError("it answers wrongly")]
+    world.store.want(NEW)
+    world.settle()
+    assert found == [True]
 
 
 def test_if_neither_can_be_loaded_the_daemon_ends(world):

@@ -187,5 +187,5 @@ def check_drop_in(text: str) -> None:
     keys = ("ExecStart=", "TimeoutStopSec=", "MemoryMax=", "AllowedCPUs=", "CPUQuota=", "SupplementaryGroups=")
     for line in text.split("\n"):
         is_known = not line or line == "[Service]" or line.startswith(("#", *keys, "IPAddressDeny=", "IPAddressAllow="))
-        is_known = is_known or re.fullmatch(r"ReadWritePaths=(/[\w.@+,=-]+)+", line) is not None
+        is_known = is_known or re.fullmatch(r"ReadWritePaths=-(/[\w.@+,=-]+)+", line) is not None
         require(is_known and "\r" not in line, f"the drop-in says {line!r}")

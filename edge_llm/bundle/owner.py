@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import traceback
 from typing import TYPE_CHECKING, Literal
 
@@ -130,6 +131,8 @@ def _in_child(what: str, descriptor: int, path: Path, work: FolderWork) -> Itera
             os._exit(status)
     os.close(writing)
     last, ended = None, False
+    # Whatever ends this process ends the other one as well: it may hold the store's locks.
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         with open(reading, "rb") as stream, contextlib.suppress(msgspec.MsgspecError):
             for raw in stream:
@@ -141,6 +144,7 @@ def _in_child(what: str, descriptor: int, path: Path, work: FolderWork) -> Itera
         if not ended:
             os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
+        signal.signal(signal.SIGTERM, before)
     _check_end(what, last, os.waitstatus_to_exitcode(status))
 
 

@@ -42,6 +42,9 @@ def test_versions_are_compared_by_their_numbers():
     for lower, higher in itertools.pairwise(ordered):
         assert version_key(lower) < version_key(higher)
     assert version_key("1") == version_key("v1.0.0")
+    # A release must be able to follow its candidates, and the hash of a commit says nothing.
+    assert version_key("2.0") == version_key("2.0-rc1")
+    assert version_key("1.0-g3a4b") == version_key("1.0+abc123") == version_key("1.0")
 
 
 def test_what_has_only_been_installed_does_not_count(store, put):

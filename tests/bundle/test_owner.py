@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from edge_llm.bundle.store import BundleStore, Health
 from edge_llm.bundle_command import activate_bundle, install_bundle, list_bundles, remove_bundle
 from edge_llm.config import Config
 from edge_llm.errors import BundleError, BundleHealthError, ConfigError
+from tests.brokers import wait_for
 from tests.bundle.versions import version_of
 
 NOBODY = 65534
@@ -55,6 +58,24 @@ def test_a_bundle_is_installed_listed_and_removed_as_the_owner(state, source, mo
     assert remove_bundle(config, "tiny") == f"removed {digest[:12]}"
     assert os.geteuid() == 0
     assert Path.cwd() == source.parent
+
+
+@root_only
+def test_what_ends_the_command_ends_its_other_process_too(state, source, tmp_path):
+    """It may hold the store's locks."""
+    store = BundleStore(state / "bundles")
+    install_bundle(Config(state_dir=str(state)), source)
+    following = store.follow()  # as a daemon that is busy
+    settings = tmp_path / "config.toml"
+    settings.write_text(f'state_dir = "{state}"\ncache_dir = "{tmp_path / "cache"}"\n')
+    command = [sys.executable, "-m", "edge_llm.cli", "bundle", "activate", "tiny", "--config", str(settings)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: store.selection().wanted is not None, 60)
+        (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.terminate()
+    os.close(following)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{other}").exists()
 
 
 @root_only

@@ -209,11 +209,13 @@ def test_files_that_the_service_would_not_find_are_refused(install, tmp_path, ca
 def test_a_folder_elsewhere_is_opened_to_the_service(install, tmp_path, setting):
     install(*BUNDLE, "--set", f'{setting}="/data//models/../bundles"', "--yes")
     lines = (tmp_path / DROP_IN).read_text().splitlines()
-    assert "ReadWritePaths=/data/bundles" in lines
+    assert "ReadWritePaths=-/data/bundles" in lines
     assert f"# {setting}; the user edge-llm must own them." in lines
 
 
-@pytest.mark.parametrize("folder", ["/var/lib/edge-llm/others", "/var/cache/private/edge-llm"])
+@pytest.mark.parametrize(
+    "folder", ["/var/lib/edge-llm/others", "/var/cache/private/edge-llm", "/run/edge-llm", "//var/lib/edge-llm"]
+)
 def test_what_systemd_makes_is_the_services_already(install, tmp_path, folder):
     install(*BUNDLE, "--set", f'bundle_store="{folder}"', "--yes")
     assert "ReadWritePaths" not in (tmp_path / DROP_IN).read_text()
@@ -236,19 +238,30 @@ def test_a_store_that_the_service_could_not_have_is_refused(install, tmp_path, c
     assert files(tmp_path) == set()
 
 
-@pytest.mark.parametrize("owner", [None, 0, 65534])
-def test_on_the_machine_itself_somebody_must_own_a_folder_elsewhere(install, tmp_path, monkeypatch, capsys, owner):
+@pytest.mark.parametrize(
+    ("setting", "owner", "is_taken"),
+    [
+        ("state_dir", None, False),
+        ("state_dir", 0, False),
+        ("state_dir", 65534, True),
+        ("bundle_store", None, False),
+        ("bundle_store", 0, True),  # root alone changes what the daemon serves
+    ],
+)
+def test_on_the_machine_itself_somebody_must_own_a_folder_elsewhere(
+    install, tmp_path, monkeypatch, capsys, setting, owner, is_taken
+):
     monkeypatch.setattr("edge_llm.install_command.SYSTEM_ROOT", tmp_path)
     if owner is not None:
         (tmp_path / "data/bundles").mkdir(parents=True)
         real = os.stat(tmp_path / "data/bundles")
         owned = os.stat_result((*real[:4], owner, *real[5:10]))
         monkeypatch.setattr("pathlib.Path.stat", lambda path, **_: owned if path.name == "bundles" else os.stat(path))
-    settings = ("--command", "/opt/x", "--set", 'bundle_store="/data/bundles"')
-    install(*BUNDLE, *settings, "--dry-run", status=0 if owner else 2)
+    settings = ("--command", "/opt/x", "--set", f'{setting}="/data/bundles"')
+    install(*BUNDLE, *settings, "--dry-run", status=0 if is_taken else 2)
     said = "".join(capsys.readouterr())
-    assert ("ReadWritePaths=/data/bundles" in said) == bool(owner)
-    assert ("install -d -o edge-llm -g edge-llm /data/bundles" in said) != bool(owner)
+    assert ("ReadWritePaths=-/data/bundles" in said) == is_taken
+    assert ("install -d -o edge-llm -g edge-llm /data/bundles" in said) != is_taken
 
 
 def test_the_board_of_an_image_has_to_be_named(install, capsys):
