@@ -49,7 +49,7 @@ vehicle-bundle: $(VEHICLE_BUNDLE)/manifest.json
 
 $(VEHICLE_BUNDLE)/manifest.json: | $(VENV)/.dev-done
 	$(BIN)/python -m export distill --pack examples/vehicle --work .cache/vehicle --out $(VEHICLE_BUNDLE) \
-		--name vehicle-gpt2-int8 --bundle-version 2 --steps 3900 $(DISTILL_FLAGS)
+		--name vehicle-gpt2-int8 --bundle-version 3 --steps 9000 $(DISTILL_FLAGS)
 
 ## offline-kit: an archive for a board without a network: make offline-kit ARCH=aarch64 BUNDLE=folder
 ARCH ?= aarch64
