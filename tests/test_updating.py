@@ -199,7 +199,7 @@ def test_without_memory_for_two_a_bad_one_gives_way_to_the_old_one(world):
 
 def test_what_is_prepared_of_the_old_one_is_kept_until_it_is_decided(world):
     """The trial of the new one tidies away copies that nobody uses, and the old one may have to come back."""
-    in_use = SimpleNamespace()
+    in_use = threading.Event()
     world.node.served.model.copy_in_use = in_use
     held, in_use = weakref.ref(in_use), None
     found = []

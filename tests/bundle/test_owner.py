@@ -66,6 +66,8 @@ def test_what_ends_the_command_ends_its_other_process_too(state, source, tmp_pat
     store = BundleStore(state / "bundles")
     install_bundle(Config(state_dir=str(state)), source)
     following = store.follow()  # as a daemon that is busy
+    for path in store.folder.iterdir():
+        os.chown(path, NOBODY, NOBODY)
     settings = tmp_path / "config.toml"
     settings.write_text(f'state_dir = "{state}"\ncache_dir = "{tmp_path / "cache"}"\n')
     command = [sys.executable, "-m", "edge_llm.cli", "bundle", "activate", "tiny", "--config", str(settings)]
