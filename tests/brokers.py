@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 
 from edge_llm.local_broker import IotCore, LocalBroker, Mosquitto, free_port
+from edge_llm.mqtt.asking import Asker
 
-__all__ = ["IotCore", "LocalBroker", "Mosquitto", "free_port", "wait_for"]
+__all__ = ["IotCore", "LocalBroker", "Mosquitto", "free_port", "wait_for", "wait_offline"]
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str] = lambda: "") -> None:
@@ -17,3 +18,8 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, otherwise: Callabl
         if time.monotonic() > deadline:
             raise TimeoutError(otherwise() or f"not within {timeout_s} s")
         time.sleep(0.01)
+
+
+def wait_offline(asker: Asker, timeout_s: float) -> None:
+    """Wait until a client has heard that a node is gone: before that, ``wait_online`` takes the old status for new."""
+    wait_for(lambda: any(status.get("state") == "offline" for status in asker._statuses.values()), timeout_s)

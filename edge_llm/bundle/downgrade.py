@@ -49,7 +49,7 @@ def refuse_downgrade(store: BundleStore, digest: str | None, manifest: Manifest)
 
 def version_key(version: str) -> list[int]:
     """What a version is compared by: the numbers in it, from left to right; zeros at the end make no difference."""
-    # Up to a letter that follows a number: 2.0-rc1 comes before 2.0, and the hash of a commit says nothing.
+    # Up to a letter that follows a number: 2.0-rc1 is no newer than 2.0, and the hash of a commit says nothing.
     release = re.match("[^0-9]*[^A-Za-z]*", version)
     numbers = [int(digits) for digits in re.findall("[0-9]+", release.group() if release else "")]
     while numbers and not numbers[-1]:

@@ -12,7 +12,7 @@ import pytest
 
 from edge_llm.cache.response_cache import response_stats
 from edge_llm.cache.state_db import StateDb, state_path
-from tests.brokers import wait_for
+from tests.brokers import wait_offline
 from tests.paths import TINY_BUNDLE
 
 pytestmark = pytest.mark.broker
@@ -93,7 +93,7 @@ def test_answers_survive_a_restart_and_a_kill(mosquitto, start_daemon, connect, 
     client.wait_online(60)
     assert ask(client, "What is MQTT?")["source"] == "response_cache"
     daemon.kill()
-    wait_for(lambda: any(status.get("state") == "offline" for status in client._statuses.values()), 30)
+    wait_offline(client, 30)
     daemon.start()
     client.wait_online(60)
     assert ask(client, "What is MQTT?")["source"] == "response_cache"
@@ -110,7 +110,7 @@ def test_the_system_prompt_is_warm_after_a_restart(mosquitto, start_daemon, conn
     wait_for_file(prefixes, ".kv")
     cold = ask(client, "What is MQTT?", cache="bypass")
     daemon.kill()
-    wait_for(lambda: any(status.get("state") == "offline" for status in client._statuses.values()), 30)
+    wait_offline(client, 30)
     daemon.start()
     client.wait_online(60)
     final = ask(client, "What is MQTT?")

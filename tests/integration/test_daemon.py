@@ -19,7 +19,7 @@ from edge_llm.engine.loading import load_model
 from edge_llm.engine.prompt import Message
 from edge_llm.errors import RequestError
 from edge_llm.mqtt.asking import DaemonOfflineError
-from tests.brokers import wait_for
+from tests.brokers import wait_for, wait_offline
 from tests.paths import TINY_BUNDLE
 
 pytestmark = pytest.mark.broker
@@ -251,7 +251,7 @@ def test_a_daemon_killed_during_an_answer_gets_the_query_again(mosquitto, start_
     events = asker.events(asker.send("go on", max_tokens=200), timeout_s=WAIT_S)
     assert next(events)["type"] == "delta"
     daemon.kill()
-    wait_for(lambda: any(status.get("state") == "offline" for status in asker._statuses.values()), WAIT_S)
+    wait_offline(asker, WAIT_S)
     daemon.start()
     assert list(events)[-1]["usage"]["completion_tokens"] == 200
 

@@ -145,7 +145,7 @@ def test_an_earlier_student_is_taken_over_token_by_token(tmp_path: Path) -> None
             assert bool((dict(student.transformer.named_parameters())[name] == tensor).all()), name
 
 
-def test_weights_have_a_digest(tmp_path: Path) -> None:
+def test_weights_have_a_digest() -> None:
     first, second, other = (new_student(StudentShape(2, 32), 5, 24, 0.0, seed) for seed in (3, 3, 4))
     assert weights_digest(first) == weights_digest(second) != weights_digest(other)
 
